@@ -1,0 +1,3 @@
+"""Supervised contrastive learning for semantic segmentation, on detectron2."""
+
+__version__ = "0.1.0"

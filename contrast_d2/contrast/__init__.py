@@ -1,0 +1,21 @@
+"""Contrast methods as plain PyTorch modules: feature maps and labels in, named losses out."""
+
+from .info_nce import SimilarityStatistics, info_nce, similarity_statistics
+from .multiscale import MultiScaleContrast
+from .output import ContrastOutput
+from .projector import MultiScaleProjector, Projector, gather_embeddings
+from .sampling import BalancedSampler, PixelDraw, downsample_labels
+
+__all__ = [
+    "BalancedSampler",
+    "ContrastOutput",
+    "MultiScaleContrast",
+    "MultiScaleProjector",
+    "PixelDraw",
+    "Projector",
+    "SimilarityStatistics",
+    "downsample_labels",
+    "gather_embeddings",
+    "info_nce",
+    "similarity_statistics",
+]

@@ -1,0 +1,90 @@
+"""Contrasting over the images of all processes.
+
+Shape letters: A anchors of this process, D embedding width, G anchors of all processes.
+"""
+
+from __future__ import annotations
+
+from typing import List, NamedTuple, Tuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class GatheredSet(NamedTuple):
+    """The embeddings of all processes, those of this process first.
+
+    Attributes:
+        embeddings: (G, D); gradients flow back to the process that each row came from.
+        labels: (G,) int64.
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+
+
+def world_size() -> int:
+    """Number of processes that train together; 1 outside of distributed training."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather_set(embeddings: Tensor, labels: Tensor) -> GatheredSet:
+    """Joins the sets of all processes, which may differ in size.
+
+    Every process has to call it in the same order.
+
+    Args:
+        embeddings: (A, D).
+        labels: (A,) int64.
+    """
+    size = torch.tensor([len(labels)], device=labels.device)
+    sizes = [torch.zeros_like(size) for _ in range(world_size())]
+    dist.all_gather(sizes, size)
+    counts = torch.cat(sizes).tolist()
+    padded = labels.new_zeros(max(counts))
+    padded[: len(labels)] = labels
+    all_labels = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(all_labels, padded)
+    return GatheredSet(
+        _GatherRows.apply(embeddings, counts),
+        torch.cat(_own_first([part[:count] for part, count in zip(all_labels, counts)])),
+    )
+
+
+def sum_over_processes(value: Tensor) -> Tensor:
+    """Sum of a tensor over the processes, without gradient."""
+    value = value.detach().clone()
+    dist.all_reduce(value)
+    return value
+
+
+def _own_first(parts: List[Tensor]) -> List[Tensor]:
+    rank = dist.get_rank()
+    return [parts[rank], *parts[:rank], *parts[rank + 1 :]]
+
+
+class _GatherRows(Function):
+    """all_gather of rows; the backward sums each row's gradient over all processes."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, counts: List[int]) -> Tensor:
+        ctx.counts = counts
+        padded = rows.new_zeros(max(counts), rows.shape[1])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat(_own_first([part[:count] for part, count in zip(parts, counts)]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tuple[Tensor, None]:
+        rank, counts = dist.get_rank(), ctx.counts
+        # Back from "own rows first" to the order of ranks, in which all processes can add up.
+        own, others = grad[: counts[rank]], grad[counts[rank] :]
+        before = sum(counts[:rank])
+        by_rank = torch.cat([others[:before], own, others[before:]])
+        dist.all_reduce(by_rank)
+        return by_rank[before : before + counts[rank]], None

@@ -1,0 +1,276 @@
+"""Multi- and cross-scale contrast (Pissas et al., ECCV 2022).
+
+Shape letters: B images, C feature channels, K classes, H W the labels' size, h w a feature map,
+A anchors of one scale, D embedding width.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import gather_set, sum_over_processes, world_size
+from .info_nce import info_nce, similarity_statistics
+from .output import ContrastOutput
+from .projector import MultiScaleProjector, gather_embeddings
+from .sampling import BalancedSampler, downsample_labels
+
+
+class Anchors(NamedTuple):
+    """The anchors of one scale.
+
+    Attributes:
+        embeddings: (A, D) fp32 unit vectors.
+        labels: (A,) int64 classes.
+        num_classes: how many classes have anchors.
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+    num_classes: int
+
+
+class _Term(NamedTuple):
+    """One term of the loss: anchors of `anchors` against those of `contrast` (None: themselves)."""
+
+    name: str
+    anchors: str
+    contrast: Optional[str]
+    weight: float
+    temperature: float
+
+
+class MultiScaleContrast(nn.Module):
+    """Contrasts class-balanced pixels within each scale, and those of one scale with another's.
+
+    For the anchor sets A_s drawn at each scale s,
+
+        L = weight * sum_s w_s L_c(A_s) + cross_weight * sum_(s,s') w_ss' L_c(A_s, A_s')
+
+    with L_c the supervised InfoNCE of `info_nce`. Used in training only. Labels decide everything:
+    predictions play no part.
+
+    Budgets and means are those of one process, as in the release, unless `across_processes` is set
+    here and in the sampler: then the anchors of all processes are contrasted with each other, and loss
+    and gradients are those of one process with the global batch.
+
+    Args:
+        projector: heads for the feature maps; those of maps that no term uses are dropped.
+        sampler: draws the anchors of all scales.
+        scale_weights: w_s by name of the feature map, e.g. {"res2": 1.0, "res3": 0.7}. 0 leaves the
+            scale out.
+        cross_scale: rows (s, s', w_ss') by names of feature maps: anchors from s, positives and
+            negatives from s'. The paper pairs stride 4 with strides 32 and 16.
+        weight: the paper's lambda_cms, on the terms within scales.
+        cross_weight: the paper's lambda_ccs, on the terms across scales.
+        temperature: of the terms within scales.
+        cross_temperature: of the terms across scales; None for the same.
+        symmetric: also contrast s' with s, and weigh the two directions by half each.
+        detach_contrast: across scales, send gradients to the anchors' side only.
+        count_empty_anchors: average over all anchors, also those without a positive, as the release
+            does across scales.
+        across_processes: contrast over the global batch.
+
+    Raises:
+        ValueError: nothing to contrast, a negative weight, a temperature that is not above 0, a map
+            without projector or a pair of equal maps.
+
+    Reference: Pissas, Ravasio, Da Cruz, Bergeles, "Multi-scale and Cross-scale Contrastive Learning
+        for Semantic Segmentation", ECCV 2022, sections 3.2 to 3.4, equations (1) to (4).
+    """
+
+    def __init__(
+        self,
+        projector: MultiScaleProjector,
+        sampler: BalancedSampler,
+        *,
+        scale_weights: Mapping[str, float],
+        cross_scale: Sequence[Tuple[str, str, float]] = (),
+        weight: float = 0.1,
+        cross_weight: float = 0.1,
+        temperature: float = 0.1,
+        cross_temperature: Optional[float] = None,
+        symmetric: bool = False,
+        detach_contrast: bool = False,
+        count_empty_anchors: bool = False,
+        across_processes: bool = False,
+    ) -> None:
+        super().__init__()
+        cross_temperature = temperature if cross_temperature is None else cross_temperature
+        for name, value in (
+            ("temperature", temperature),
+            ("cross_temperature", cross_temperature),
+        ):
+            if not value > 0:
+                raise ValueError(f"{name}={value}: must be above 0.")
+        if across_processes != sampler.across_processes:
+            raise ValueError(
+                f"across_processes={across_processes} here and {sampler.across_processes} in the "
+                "sampler: set both alike."
+            )
+        self.terms = _within_terms(scale_weights, weight, temperature)
+        self.terms += _cross_terms(cross_scale, cross_weight, cross_temperature, symmetric)
+        if not self.terms:
+            raise ValueError(
+                f"scale_weights={dict(scale_weights)} and cross_scale={list(cross_scale)} leave "
+                "nothing to contrast: give a weight above 0, or set the contrast to None."
+            )
+        used = {name for term in self.terms for name in (term.anchors, term.contrast) if name}
+        projector.keep(used)
+        self.projector = projector
+        self.sampler = sampler
+        self.detach_contrast = detach_contrast
+        self.count_empty_anchors = count_empty_anchors
+        self.across_processes = across_processes
+
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        logits: Optional[Tensor],
+        labels: Tensor,
+        generator: Optional[torch.Generator] = None,
+    ) -> ContrastOutput:
+        """Computes the contrast terms of one step.
+
+        Args:
+            features: feature maps (B, C, h, w) by name.
+            logits: not used: this method draws by labels alone. It stands in the call that all
+                contrast methods share.
+            labels: (B, H, W) integer classes at full resolution; values outside 0..K-1 are ignored.
+            generator: source of the random draw, on the labels' device.
+
+        Returns:
+            Losses `loss_contrast_<s>` and `loss_contrast_<s>_<s'>`; statistics `anchors`, `classes`,
+            `positive_similarity` and `negative_similarity` of each term.
+        """
+        embeddings = self.projector(features)
+        anchors = self._draw(embeddings, labels, generator)
+        contrast_sets = anchors
+        if self.across_processes and world_size() > 1:
+            contrast_sets = {
+                name: Anchors(*gather_set(a.embeddings, a.labels), a.num_classes)
+                for name, a in anchors.items()
+            }
+        losses: Dict[str, Tensor] = {}
+        statistics: Dict[str, Tensor] = {}
+        for term in self.terms:
+            source = anchors[term.anchors]
+            target = contrast_sets[term.contrast or term.anchors]
+            loss = self._term_loss(term, source, target)
+            losses[f"loss_contrast_{term.name}"] = term.weight * loss
+            for quantity, value in self._statistics(term, source, target).items():
+                statistics[f"contrast/{term.name}/{quantity}"] = value
+        return ContrastOutput(losses, statistics)
+
+    def _draw(
+        self,
+        embeddings: Mapping[str, Tensor],
+        labels: Tensor,
+        generator: Optional[torch.Generator],
+    ) -> Dict[str, Anchors]:
+        """Draws the anchors of every scale."""
+        label_maps = [downsample_labels(labels, z.shape[-2:]) for z in embeddings.values()]
+        draws = self.sampler(label_maps, generator)
+        return {
+            name: Anchors(
+                gather_embeddings(embeddings[name], draw.image, draw.pixel),
+                draw.labels,
+                draw.num_classes,
+            )
+            for name, draw in zip(embeddings, draws)
+        }
+
+    def _term_loss(self, term: _Term, source: Anchors, target: Anchors) -> Tensor:
+        """L_c of one term, unweighted."""
+        contrast = target.embeddings
+        if term.contrast is not None and self.detach_contrast:
+            contrast = contrast.detach()
+        loss = info_nce(
+            source.embeddings,
+            source.labels,
+            contrast,
+            target.labels,
+            temperature=term.temperature,
+            anchors_lead_contrast=term.contrast is None,
+            count_empty_anchors=self.count_empty_anchors,
+        )
+        if self.across_processes and world_size() > 1:
+            # From the mean over this process's anchors to its share of the global mean; times the
+            # number of processes, by which DistributedDataParallel divides.
+            count = self._num_averaged(term, source, target)
+            loss = loss * count * world_size() / sum_over_processes(count).clamp(min=1)
+        return loss
+
+    def _num_averaged(self, term: _Term, source: Anchors, target: Anchors) -> Tensor:
+        """How many anchors the mean of a term runs over, 0-dim."""
+        if self.count_empty_anchors:
+            return target.embeddings.new_tensor(len(source.labels))
+        population = torch.zeros(self.sampler.num_classes, device=source.labels.device)
+        population.index_add_(0, target.labels, torch.ones_like(target.labels, dtype=torch.float))
+        needed = 2 if term.contrast is None else 1
+        return (population[source.labels] >= needed).sum().to(target.embeddings.dtype)
+
+    def _statistics(self, term: _Term, source: Anchors, target: Anchors) -> Dict[str, Tensor]:
+        within = term.contrast is None and target is source
+        positive, negative = similarity_statistics(
+            source.embeddings,
+            source.labels,
+            None if within else target.embeddings,
+            None if within else target.labels,
+            num_classes=self.sampler.num_classes,
+        )
+        return {
+            "anchors": positive.new_tensor(len(source.labels)),
+            "classes": positive.new_tensor(source.num_classes),
+            "positive_similarity": positive,
+            "negative_similarity": negative,
+        }
+
+
+def _within_terms(
+    scale_weights: Mapping[str, float], weight: float, temperature: float
+) -> List[_Term]:
+    terms = [
+        _Term(name, name, None, weight * _non_negative(f"scale_weights[{name!r}]", w), temperature)
+        for name, w in scale_weights.items()
+    ]
+    _non_negative("weight", weight)
+    return [term for term in terms if term.weight > 0]
+
+
+def _cross_terms(
+    cross_scale: Sequence[Tuple[str, str, float]],
+    cross_weight: float,
+    temperature: float,
+    symmetric: bool,
+) -> List[_Term]:
+    _non_negative("cross_weight", cross_weight)
+    terms: List[_Term] = []
+    for row in cross_scale:
+        source, target, pair_weight = _cross_row(row)
+        directions = [(source, target), (target, source)] if symmetric else [(source, target)]
+        for anchors, contrast in directions:
+            name = f"{anchors}_{contrast}"
+            if any(term.name == name for term in terms):
+                raise ValueError(f"cross_scale names the pair ({anchors}, {contrast}) twice.")
+            weight = cross_weight * pair_weight / len(directions)
+            if weight > 0:
+                terms.append(_Term(name, anchors, contrast, weight, temperature))
+    return terms
+
+
+def _cross_row(row: Sequence[Union[str, float]]) -> Tuple[str, str, float]:
+    if len(row) != 3:
+        raise ValueError(f"cross_scale row {list(row)}: give (anchor map, contrast map, weight).")
+    source, target, weight = str(row[0]), str(row[1]), float(row[2])
+    if source == target:
+        raise ValueError(f"cross_scale pairs {source!r} with itself: scale_weights does that.")
+    return source, target, _non_negative(f"the weight of cross_scale pair {source}-{target}", weight)
+
+
+def _non_negative(name: str, value: float) -> float:
+    if not value >= 0:
+        raise ValueError(f"{name}={value}: must be 0 or more.")
+    return value
