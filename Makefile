@@ -1,0 +1,60 @@
+# `make` lists the targets. Everything runs in .venv, which `make setup` creates with $(PYTHON).
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+READY := $(VENV)/.ready
+BUSY := $(VENV)/.busy
+DEMO := output/demo
+
+.PHONY: help setup demo test lint format clean
+
+help:
+	@echo "make setup    create .venv with everything that the demo and the tests need"
+	@echo "make demo     train and evaluate on the built-in shapes, leave pictures in $(DEMO)"
+	@echo "make test     run the tests; make test ARGS='-k shapes' runs some of them"
+	@echo "make lint     check the code with ruff;  make format  rewrites it"
+	@echo "make clean    remove .venv, caches and the demo's output"
+	@echo "PYTHON=python3.12 chooses the interpreter (now: $(PYTHON))"
+
+setup: $(READY)
+
+# .ready exists only after a complete set-up. .busy is there while one runs: when it is found, the
+# last one was killed, may have left half a package behind, and the environment is made anew. After
+# a step that merely failed (no network, say) the environment is sound and is built upon.
+$(READY): pyproject.toml requirements/pinned.txt tools/install_detectron2.py
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("contrast_d2: the pinned \
+	packages need Python 3.11 or newer and %s is %d.%d; choose another with make PYTHON=..." \
+	% ((sys.executable,) + sys.version_info[:2]))'
+	@echo "setting up $(VENV): some minutes the first time, torch and its CUDA libraries are large"
+	@rm -f $(READY)
+	@if [ -e $(BUSY) ]; then clear=--clear; fi; \
+	mkdir -p $(VENV) && touch $(BUSY) && \
+	{ $(PYTHON) -m venv $$clear $(VENV) && touch $(BUSY) && \
+	  $(PIP) install -r requirements/pinned.txt && \
+	  $(PIP) install --no-deps --no-build-isolation -e . && \
+	  $(BIN)/python tools/install_detectron2.py; \
+	  status=$$?; rm -f $(BUSY); exit $$status; }
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python train_net.py --config-file configs/shapes/semfpn_r18_ms_cs_demo.py \
+	    train.output_dir=$(DEMO)
+	$(BIN)/python tools/plot_run.py $(DEMO)
+
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(READY)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .ruff_cache
