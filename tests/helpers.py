@@ -1,0 +1,55 @@
+"""Helpers that are no fixtures."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_processes(function: Callable[..., Any], num_processes: int, *args: Any) -> list[Any]:
+    """Calls `function(*args)` in several new processes that form one gloo group on the CPU.
+
+    Args:
+        function: importable by name, so at the top level of a module. `torch.distributed` tells it
+            its rank.
+        num_processes: size of the group.
+        args: picklable.
+
+    Returns:
+        What each rank returned (anything that `torch.save` takes), in the order of ranks.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: a process raised; carries its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(
+            _run_rank, (function, num_processes, folder, args), num_processes, start_method="spawn"
+        )
+        return [
+            torch.load(Path(folder) / f"result_{rank}.pt", weights_only=False)
+            for rank in range(num_processes)
+        ]
+
+
+def _run_rank(
+    rank: int, function: Callable[..., Any], num_processes: int, folder: str, args: tuple
+) -> None:
+    torch.set_num_threads(1)
+    # Without a resolvable host name gloo finds no address; the loopback is always there.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if os.uname().sysname == "Darwin" else "lo")
+    # A rendezvous by file, since a port that is free now may be taken when it is used.
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_processes
+    )
+    try:
+        torch.save(function(*args), Path(folder) / f"result_{rank}.pt")
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
