@@ -19,7 +19,6 @@ from typing import NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # Elements of one R x C block of similarities; a handful of such blocks is alive at a time.
@@ -160,8 +159,11 @@ class _InfoNCE(Function):
         return total / num_valid
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        if torch.is_grad_enabled():
+            # once_differentiable says so only where `grad` itself needs a gradient: after a plain
+            # loss.backward(create_graph=True) it would drop the second derivative in silence.
+            raise RuntimeError("info_nce cannot be differentiated twice: leave out create_graph.")
         d_anchors, d_contrast = ctx.saved_tensors
         return (
             d_anchors * grad if ctx.needs_input_grad[0] else None,
@@ -188,7 +190,9 @@ def _block(
     lse_R = logits_RC.masked_fill(~negative_RC, -torch.inf).logsumexp(dim=1, keepdim=True)
     gap_RC = lse_R - logits_RC
     # The threshold is where softplus(x) = x to the last bit of float64 as well.
-    loss = (F.softplus(gap_RC, threshold=40).masked_fill_(~positive_RC, 0).sum(dim=1) * weight_R[:, 0]).sum()
+    loss = (
+        F.softplus(gap_RC, threshold=40).masked_fill_(~positive_RC, 0).sum(dim=1) * weight_R[:, 0]
+    ).sum()
     valid = (num_positives_R > 0).sum()
     if not needs_gradient:
         return loss, valid, None
@@ -227,9 +231,14 @@ def similarity_statistics(
     everything = sums.sum(dim=0) @ other_sums.sum(dim=0)
     all_pairs = counts.sum() * other_counts.sum()
     return SimilarityStatistics(
-        positive=(same - self_similarity) / (same_pairs - self_pairs),
-        negative=(everything - same) / (all_pairs - same_pairs),
+        positive=_mean(same - self_similarity, same_pairs - self_pairs),
+        negative=_mean(everything - same, all_pairs - same_pairs),
     )
+
+
+def _mean(total: Tensor, count: Tensor) -> Tensor:
+    """total / count; nan for a count of 0, where rounding leaves a total that is not quite 0."""
+    return torch.where(count > 0, total / count, torch.nan)
 
 
 def _class_sums(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tuple[Tensor, Tensor]:

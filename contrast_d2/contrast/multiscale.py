@@ -206,7 +206,7 @@ class MultiScaleContrast(nn.Module):
     def _num_averaged(self, term: _Term, source: Anchors, target: Anchors) -> Tensor:
         """How many anchors the mean of a term runs over, 0-dim."""
         if self.count_empty_anchors:
-            return target.embeddings.new_tensor(len(source.labels))
+            return target.embeddings.new_full((), len(source.labels))
         population = torch.zeros(self.sampler.num_classes, device=source.labels.device)
         population.index_add_(0, target.labels, torch.ones_like(target.labels, dtype=torch.float))
         needed = 2 if term.contrast is None else 1
@@ -222,8 +222,9 @@ class MultiScaleContrast(nn.Module):
             num_classes=self.sampler.num_classes,
         )
         return {
-            "anchors": positive.new_tensor(len(source.labels)),
-            "classes": positive.new_tensor(source.num_classes),
+            # new_full fills on the device; new_tensor would copy from the host and wait.
+            "anchors": positive.new_full((), len(source.labels)),
+            "classes": positive.new_full((), source.num_classes),
             "positive_similarity": positive,
             "negative_similarity": negative,
         }
@@ -267,7 +268,11 @@ def _cross_row(row: Sequence[Union[str, float]]) -> Tuple[str, str, float]:
     source, target, weight = str(row[0]), str(row[1]), float(row[2])
     if source == target:
         raise ValueError(f"cross_scale pairs {source!r} with itself: scale_weights does that.")
-    return source, target, _non_negative(f"the weight of cross_scale pair {source}-{target}", weight)
+    return (
+        source,
+        target,
+        _non_negative(f"the weight of cross_scale pair {source}-{target}", weight),
+    )
 
 
 def _non_negative(name: str, value: float) -> float:

@@ -77,9 +77,7 @@ class MultiScaleProjector(nn.Module):
         self.embed_dim = embed_dim
         self.heads = nn.ModuleDict(
             {
-                name: Projector(
-                    channels, embed_dim, num_hidden=num_hidden, bn_momentum=bn_momentum
-                )
+                name: Projector(channels, embed_dim, num_hidden=num_hidden, bn_momentum=bn_momentum)
                 for name, channels in in_channels.items()
             }
         )

@@ -148,8 +148,9 @@ class BalancedSampler:
         # random order; its first `quota` pixels are the draw.
         permutation = torch.randperm(groups.numel(), generator=generator, device=device)
         order = permutation[torch.argsort(groups[permutation], stable=True)]
-        picks = torch.from_numpy(_first_of_each(counts_host.ravel(), quotas.ravel())).to(device)
-        drawn = order[picks]
+        picks = torch.from_numpy(_first_of_each(counts_host.ravel(), quotas.ravel()))
+        # Safe from pageable memory: the copy takes the values before it returns.
+        drawn = order[picks.to(device, non_blocking=True)]
 
         draws, first_pixel, first_anchor = [], 0, 0
         for scale, label_map in enumerate(label_maps):

@@ -1,0 +1,10 @@
+"""CamVid on a CPU: Semantic FPN on ResNet-18 from scratch, small crops, multi- and cross-scale contrast.
+
+python train_net.py --config-file configs/camvid/semfpn_r18_ms_cs_cpu.py
+"""
+
+from ..common.contrast.ms_cs import ms_cs
+from .semfpn_r18_base_cpu import dataloader, dataset, lr_multiplier, model, optimizer, train
+
+model.contrast = ms_cs
+train.output_dir = "output/camvid/semfpn_r18_ms_cs_cpu"

@@ -1,0 +1,10 @@
+"""CamVid, Semantic FPN on ResNet-18, multi- and cross-scale contrast as released. One GPU.
+
+python train_net.py --config-file configs/camvid/semfpn_r18_ms_cs_release_6k.py
+"""
+
+from ..common.contrast.ms_cs import ms_cs_release
+from .semfpn_r18_base_6k import dataloader, dataset, lr_multiplier, model, optimizer, train
+
+model.contrast = ms_cs_release
+train.output_dir = "output/camvid/semfpn_r18_ms_cs_release_6k"

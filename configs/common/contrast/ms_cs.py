@@ -1,0 +1,53 @@
+"""Multi- and cross-scale contrast, as the ECCV 2022 paper states it (`ms_cs`) and as its release does
+it (`ms_cs_release`). Budgets are for the images of one process."""
+
+from contrast_d2.backbones import feature_channels
+from contrast_d2.contrast import BalancedSampler, MultiScaleContrast, MultiScaleProjector
+from detectron2.config import LazyCall as L
+
+ms_cs = L(MultiScaleContrast)(
+    projector=L(MultiScaleProjector)(
+        in_channels=L(feature_channels)(
+            name="${model.backbone.name}", output_stride="${model.backbone.output_stride}"
+        ),
+        embed_dim=256,
+        num_hidden=2,
+    ),
+    sampler=L(BalancedSampler)(
+        num_classes="${dataset.num_classes}",
+        balance="class",
+        max_anchors=10_000,
+        min_pixels=1,
+        # Not in the paper, for which one tiny object cuts every class to its size; 0 is literal.
+        floor=32,
+    ),
+    scale_weights={"res2": 1.0, "res3": 0.7, "res4": 0.4, "res5": 0.1},
+    cross_scale=[("res2", "res5", 1.0), ("res2", "res4", 1.0)],
+    weight=0.1,
+    cross_weight=0.1,
+    temperature=0.1,
+)
+
+ms_cs_release = L(MultiScaleContrast)(
+    projector=L(MultiScaleProjector)(
+        in_channels=L(feature_channels)(
+            name="${model.backbone.name}", output_stride="${model.backbone.output_stride}"
+        ),
+        embed_dim=256,
+        num_hidden=1,
+        bn_momentum=3e-4,
+    ),
+    sampler=L(BalancedSampler)(
+        num_classes="${dataset.num_classes}",
+        balance="image_class",
+        max_anchors=10_000,
+        min_pixels=5,
+        max_per_group=2500,
+    ),
+    scale_weights={"res2": 1.0, "res3": 0.7, "res4": 0.4, "res5": 0.1},
+    cross_scale=[("res2", "res5", 1.0), ("res2", "res4", 1.0)],
+    weight=0.1,
+    cross_weight=0.1,
+    temperature=0.1,
+    count_empty_anchors=True,
+)

@@ -1,0 +1,11 @@
+"""HRNetV2: timm's HRNet branches and the fully convolutional head; the baseline, without contrast."""
+
+from contrast_d2.decoders import FCNDecoder
+from detectron2.config import LazyCall as L
+
+from .semfpn import model
+
+model.backbone.name = "hrnet_w48"
+model.sem_seg_head = L(FCNDecoder)(
+    input_shape=model.sem_seg_head.input_shape, num_classes="${dataset.num_classes}"
+)

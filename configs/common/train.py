@@ -1,0 +1,25 @@
+"""Settings of the training loop; experiment files change what differs."""
+
+train = dict(
+    output_dir="output",
+    # Weights to start from; with --eval-only, those to evaluate.
+    init_checkpoint="",
+    max_iter=6000,
+    seed=0,
+    # "fp32", or mixed precision: "bf16", or "fp16" with a loss scaler.
+    precision="fp32",
+    # Batches per optimizer step; total_batch_size is divided by it.
+    accumulation_steps=1,
+    # Largest norm of the gradient; None for no clipping.
+    clip_norm=None,
+    # Batch norm statistics over all GPUs.
+    sync_bn=True,
+    cudnn_benchmark=True,
+    # In iterations.
+    checkpoint_period=500,
+    checkpoints_to_keep=2,
+    eval_period=500,
+    log_period=20,
+    # What model_best.pth is chosen by.
+    best_metric="sem_seg/mIoU",
+)

@@ -1,0 +1,105 @@
+"""Which sample comes when, and the random numbers that augment it: functions of the seed alone."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from detectron2.utils import comm
+from torch.utils.data import Sampler
+
+
+class ResumableTrainingSampler(Sampler):
+    """An infinite, shuffled stream of samples that can start anywhere.
+
+    All processes see one global stream, epoch after epoch, whose order depends only on the seed and
+    the epoch. Rank r of N takes the positions ``start + r``, ``start + r + N``, ...
+
+    Args:
+        size: number of samples in the dataset.
+        seed: not negative, the same in every process.
+        shuffle: whether each epoch is a new permutation; otherwise 0..size-1 is repeated.
+        start: first position of the global stream to draw.
+        rank: this process, default: detectron2's.
+        world_size: number of processes, default: detectron2's.
+
+    Raises:
+        ValueError: if an argument lies outside its range.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        *,
+        seed: int,
+        shuffle: bool = True,
+        start: int = 0,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> None:
+        self.rank = comm.get_rank() if rank is None else rank
+        self.world_size = comm.get_world_size() if world_size is None else world_size
+        if size < 1:
+            raise ValueError(f"The sampler needs at least one sample, got size {size}")
+        if seed < 0 or start < 0:
+            raise ValueError(f"seed and start must not be negative, got {seed} and {start}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must lie in 0..{self.world_size - 1}, got {self.rank}")
+        self.size = size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.start = start
+
+    def epoch_indices(self, epoch: int) -> list[int]:
+        """The dataset indices of one epoch, in order."""
+        if not self.shuffle:
+            return list(range(self.size))
+        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        return torch.randperm(self.size, generator=generator).tolist()
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """Yields (position in the global stream, dataset index)."""
+        return itertools.islice(self._stream(), self.rank, None, self.world_size)
+
+    def _stream(self) -> Iterator[tuple[int, int]]:
+        """The global stream from ``start`` on."""
+        first = 0  # position of the epoch's first sample
+        for epoch in itertools.count():
+            indices = self.epoch_indices(epoch)
+            for offset in range(max(0, self.start - first), len(indices)):
+                yield first + offset, indices[offset]
+            first += len(indices)
+
+
+@contextmanager
+def sample_rng(seed: int, position: int) -> Iterator[None]:
+    """Seeds the random numbers of one sample, and restores the previous state afterwards.
+
+    Inside, the states of ``random``, ``numpy.random`` and torch's CPU generator depend on the
+    arguments alone: neither on the worker nor on the samples before this one.
+
+    Args:
+        seed: the run's seed, not negative.
+        position: the sample's position in the stream, not negative.
+    """
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    mixed = _mix(seed, position)
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    # Not torch.manual_seed, which would reseed the GPU of a run without workers, for good.
+    torch.random.default_generator.manual_seed(mixed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+def _mix(seed: int, number: int) -> int:
+    """Hashes two integers to 63 bits, so that neighbouring seeds share no samples."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)

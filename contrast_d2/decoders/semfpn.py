@@ -1,0 +1,89 @@
+"""Semantic FPN: detectron2's feature pyramid and its semantic head, as a decoder.
+
+Shape letters: B images, C channels, K classes, h w the finest feature map.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, Mapping, Optional
+
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import FPN, Backbone
+from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
+from torch import Tensor
+
+from ..structures import SegOutput
+
+
+class SemSegFPNDecoder(SemSegFPNHead):
+    """detectron2's `SemSegFPNHead`, with the feature pyramid that it stands on.
+
+    The pyramid belongs to the decoder, not to the backbone, so that the backbone's own maps
+    (`res2`..) stay in reach of contrast methods; the pyramid's are `p2`...
+
+    Args:
+        input_shape: channels and strides of the maps to use.
+        num_classes: K.
+        fpn_channels: width of the pyramid built over the maps; None where they are a pyramid already,
+            as with detectron2's `FPN` for a backbone.
+        fpn_norm: norm of the pyramid's convolutions, "" for none.
+        conv_dims: width of the head.
+        norm: norm of the head's convolutions.
+        common_stride: stride of the logits.
+
+    Reference: Kirillov et al., "Panoptic Feature Pyramid Networks", CVPR 2019, section 3.1.
+    """
+
+    def __init__(
+        self,
+        input_shape: Mapping[str, ShapeSpec],
+        *,
+        num_classes: int,
+        fpn_channels: Optional[int] = 256,
+        fpn_norm: str = "",
+        conv_dims: int = 128,
+        norm: str = "GN",
+        common_stride: int = 4,
+    ) -> None:
+        shapes = dict(sorted(input_shape.items(), key=lambda item: item[1].stride))
+        fpn = None
+        if fpn_channels is not None:
+            _check_strides(shapes)
+            fpn = FPN(_GivenFeatures(shapes), list(shapes), fpn_channels, norm=fpn_norm)
+            shapes = fpn.output_shape()
+        super().__init__(
+            shapes,
+            num_classes=num_classes,
+            conv_dims=conv_dims,
+            common_stride=common_stride,
+            norm=norm,
+        )
+        self.fpn = fpn
+
+    def forward(self, features: Mapping[str, Tensor]) -> SegOutput:
+        """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w) and the pyramid's maps."""
+        pyramid = {} if self.fpn is None else self.fpn(features)
+        return SegOutput(self.layers(pyramid or features), aux_logits=None, features=pyramid)
+
+
+class _GivenFeatures(Backbone):
+    """Stands where `FPN` expects a backbone, and hands it maps that are computed already."""
+
+    def __init__(self, shapes: Dict[str, ShapeSpec]) -> None:
+        super().__init__()
+        self._shapes = shapes
+
+    def forward(self, features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return features
+
+    def output_shape(self) -> Dict[str, ShapeSpec]:
+        return self._shapes
+
+
+def _check_strides(shapes: Mapping[str, ShapeSpec]) -> None:
+    strides = [shape.stride for shape in shapes.values()]
+    if not strides or any(b != 2 * a for a, b in zip(strides, strides[1:])):
+        raise ValueError(
+            f"a feature pyramid needs maps whose strides double, got {dict(zip(shapes, strides))}: "
+            "leave the backbone's output_stride unset, or choose another decoder."
+        )

@@ -1,0 +1,61 @@
+"""Checkpoints that are either whole or not there."""
+
+from __future__ import annotations
+
+import os
+from typing import IO, Any, Callable
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+
+
+class Checkpointer(DetectionCheckpointer):
+    """detectron2's checkpointer, which a kill at any moment leaves with a checkpoint to resume from.
+
+    Files are written under a temporary name, flushed to disk and renamed; `last_checkpoint` names a
+    file only once that is complete.
+    """
+
+    def save(self, name: str, *, is_last: bool = True, **extra: Any) -> None:
+        """Writes model and checkpointables to `<save_dir>/<name>.pth`.
+
+        Args:
+            name: without folder and ending.
+            is_last: let `--resume` start from this file.
+            extra: further entries of the file.
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        data = {"model": self.model.state_dict(), **extra}
+        for key, checkpointable in self.checkpointables.items():
+            data[key] = checkpointable.state_dict()
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", path)
+        write_atomically(path, lambda file: torch.save(data, file))
+        if is_last:
+            self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Makes a file of `save_dir` the one that `--resume` starts from."""
+        path = os.path.join(self.save_dir, "last_checkpoint")
+        write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
+
+
+def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+    """Writes a file so that `path` is never seen half-written, whenever the process dies.
+
+    Args:
+        path: of the file, in a folder that exists.
+        write: puts the content into the open binary file that it is given.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise

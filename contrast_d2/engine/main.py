@@ -1,0 +1,223 @@
+"""What `train_net.py` does: set up, then train or evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import logging
+import os
+import re
+from typing import Any, Dict, Iterable, List
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from detectron2.engine import create_ddp_model, default_writers, hooks
+from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+from torch import nn
+
+from ..segmentor import inference_state_dict
+from .checkpoint import Checkpointer, write_atomically
+from .config import load_config
+from .hooks import BestCheckpointer
+from .trainer import Batch, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Runs one process of a job.
+
+    Args:
+        args: of detectron2's `default_argument_parser`.
+
+    Raises:
+        SystemExit: with one line, for a mistake in the config, the data or the command line.
+    """
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        set_up(cfg, args)
+        if args.eval_only:
+            evaluate_checkpoint(cfg)
+        else:
+            train(cfg, resume=args.resume)
+    except ValueError as error:
+        logger.debug("stopped by:", exc_info=True)
+        raise SystemExit(f"error: {error}") from error
+
+
+def set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """Opens the log, notes config and environment in the output folder, and seeds."""
+    output_dir = cfg.train.output_dir
+    if comm.is_main_process():
+        try:
+            PathManager.mkdirs(output_dir)
+        except OSError as error:
+            raise ValueError(f"train.output_dir={output_dir} cannot be made: {error}.") from error
+    comm.synchronize()
+    rank = comm.get_rank()
+    setup_logger(output_dir, distributed_rank=rank, name="fvcore")
+    setup_logger(output_dir, distributed_rank=rank, name="contrast_d2", abbrev_name="c_d2")
+    setup_logger(output_dir, distributed_rank=rank)
+    logger.info("Process %d of %d on %s", rank, comm.get_world_size(), device())
+    logger.info("Environment:\n%s", collect_env_info())
+    logger.info("Command line: %s", args)
+    if comm.is_main_process():
+        path = os.path.join(output_dir, "config.yaml")
+        LazyConfig.save(cfg, path)
+        logger.info("Config saved to %s", path)
+    torch.manual_seed(max(cfg.train.seed, 0))
+    torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark and not args.eval_only
+
+
+def device() -> torch.device:
+    """This process's GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def build_model(cfg: DictConfig) -> nn.Module:
+    """The config's model, on this process's device."""
+    model = instantiate(cfg.model).to(device())
+    if cfg.train.sync_bn and comm.get_world_size() > 1:
+        if device().type == "cpu":
+            logger.warning("train.sync_bn needs GPUs: each process has its own batch statistics.")
+        else:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+def train(cfg: DictConfig, *, resume: bool) -> Dict[str, Any]:
+    """Trains, evaluates, and leaves checkpoints and metrics in `cfg.train.output_dir`.
+
+    Args:
+        cfg: whole config.
+        resume: continue from the folder's last checkpoint, if it has one.
+
+    Returns:
+        The results of the last evaluation, on the main process.
+    """
+    options = cfg.train
+    model = build_model(cfg)
+    logger.info("Model:\n%s", model)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    ddp_options = {} if device().type == "cuda" else {"device_ids": None}
+    trainer = Trainer(
+        create_ddp_model(model, broadcast_buffers=False, **ddp_options),
+        optimizer,
+        lambda start: build_train_batches(cfg, start),
+        seed=options.seed,
+        precision=options.precision,
+        accumulation_steps=options.accumulation_steps,
+        clip_norm=options.clip_norm,
+    )
+    checkpointer = Checkpointer(model, options.output_dir, trainer=trainer)
+    resumed = resume and checkpointer.has_checkpoint()
+    is_main = comm.is_main_process()
+    if is_main:
+        _tidy(options.output_dir, resumed)
+    results: Dict[str, Any] = {}
+
+    def evaluate_now() -> Dict[str, Any]:
+        results.update(evaluate(cfg, model))
+        return results
+
+    periodic = hooks.PeriodicCheckpointer(
+        checkpointer, options.checkpoint_period, max_to_keep=options.checkpoints_to_keep
+    )
+    # The order matters to a killed run: a checkpoint is written once the evaluation and the choice
+    # of the best at its iteration are done, so that what follows it has not happened yet.
+    trainer.register_hooks(
+        [
+            hooks.IterationTimer(),
+            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.EvalHook(options.eval_period, evaluate_now),
+            BestCheckpointer(checkpointer, options.best_metric, options.eval_period),
+            periodic if is_main else None,
+            hooks.PeriodicWriter(
+                default_writers(options.output_dir, options.max_iter), period=options.log_period
+            )
+            if is_main
+            else None,
+        ]
+    )
+    checkpointer.resume_or_load(options.init_checkpoint, resume=resume)
+    if resumed:
+        periodic.recent_checkpoints = _checkpoints_until(trainer.iter, options.output_dir)
+    comm.synchronize()
+    trainer.train(trainer.iter + 1 if resumed else 0, options.max_iter)
+    if is_main:
+        path = os.path.join(options.output_dir, "model_inference.pth")
+        state = {"model": inference_state_dict(model)}
+        write_atomically(path, lambda file: torch.save(state, file))
+        logger.info("Weights without the contrast method: %s", path)
+    return results
+
+
+def build_train_batches(cfg: DictConfig, start_iteration: int) -> Iterable[Batch]:
+    """This process's training batches from an iteration on."""
+    cfg.dataloader.train.start_iteration = start_iteration
+    return instantiate(cfg.dataloader.train)
+
+
+def evaluate(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
+    """Evaluates on the config's test set, all processes together.
+
+    Returns:
+        {"sem_seg": {"mIoU": percent, ...}} on the main process, {} on others.
+    """
+    training = model.training
+    evaluator = instantiate(cfg.dataloader.evaluator)
+    results = inference_on_dataset(model.eval(), instantiate(cfg.dataloader.test), evaluator)
+    model.train(training)
+    if comm.is_main_process():
+        print_csv_format(results)
+    return results or {}
+
+
+def evaluate_checkpoint(cfg: DictConfig) -> Dict[str, Any]:
+    """Evaluates the weights of `train.init_checkpoint`, or else the run's own final ones.
+
+    Raises:
+        ValueError: there are no weights.
+    """
+    model = build_model(cfg)
+    checkpointer = Checkpointer(model, cfg.train.output_dir)
+    path = cfg.train.init_checkpoint or checkpointer.get_checkpoint_file()
+    if not path:
+        raise ValueError(
+            f"nothing to evaluate: {cfg.train.output_dir} has no checkpoint. Name one with "
+            "train.init_checkpoint=FILE, or the run's folder with train.output_dir=FOLDER."
+        )
+    checkpointer.load(path, checkpointables=[])
+    return evaluate(cfg, model)
+
+
+def _tidy(output_dir: str, resumed: bool) -> None:
+    """Removes what a killed run left half-written, and keeps an earlier run's metrics apart."""
+    for path in glob.glob(os.path.join(glob.escape(output_dir), "*.tmp")):
+        os.unlink(path)
+    metrics = os.path.join(output_dir, "metrics.json")
+    if not resumed and os.path.exists(metrics):
+        os.replace(metrics, metrics + ".old")
+        logger.warning("%s is of an earlier run and now ends in .old", metrics)
+
+
+def _checkpoints_until(iteration: int, output_dir: str) -> List[str]:
+    """The run's periodic checkpoints, oldest first: `checkpoints_to_keep` counts them on a resume.
+
+    Later ones, which a kill can leave before they are named as the last, will be written again.
+    """
+    numbered = re.compile(r"model_(\d{7})\.pth")
+    names = [name for name in sorted(os.listdir(output_dir)) if numbered.fullmatch(name)]
+    return [
+        os.path.join(output_dir, name)
+        for name in names
+        if int(numbered.fullmatch(name)[1]) <= iteration
+    ]

@@ -1,0 +1,224 @@
+"""The training loop: mixed precision, accumulation, clipping, and a stop on a loss that is not finite."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any, Callable, ContextManager, Dict, Iterable, List, Literal, Optional
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from detectron2.engine import TrainerBase
+from detectron2.utils import comm
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Batch = List[Dict[str, Any]]
+
+_AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss or a gradient became inf or nan; the weights are those of before the step."""
+
+
+class Trainer(TrainerBase):
+    """Trains a model whose forward returns a dict of losses, which are summed.
+
+    A step depends on nothing but the weights, the state of the optimizer and the number of the
+    iteration: random numbers are seeded anew from (seed, iteration, rank) at each step, and the data
+    are asked for from the iteration on. That is what makes a resumed run continue exactly.
+
+    Args:
+        model: batch -> losses by name; may be wrapped in DistributedDataParallel.
+        optimizer: of the model's parameters.
+        build_loader: start iteration -> iterable of this process's batches from there on,
+            `accumulation_steps` of them per iteration.
+        seed: 0 or more.
+        precision: "fp32", or autocast to "bf16" or "fp16", the latter with a loss scaler.
+        accumulation_steps: batches whose gradients are averaged for one optimizer step.
+        clip_norm: largest 2-norm of the gradient; None for no clipping.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        build_loader: Callable[[int], Iterable[Batch]],
+        *,
+        seed: int,
+        precision: Precision = "fp32",
+        accumulation_steps: int = 1,
+        clip_norm: Optional[float] = None,
+    ) -> None:
+        super().__init__()
+        if seed < 0:
+            raise ValueError(f"train.seed={seed}: needs 0 or more, so that a run can be repeated.")
+        if precision not in _AUTOCAST_DTYPES:
+            raise ValueError(
+                f"train.precision={precision!r}: choose one of {sorted(_AUTOCAST_DTYPES)}."
+            )
+        if accumulation_steps < 1:
+            raise ValueError(f"train.accumulation_steps={accumulation_steps}: needs at least 1.")
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(
+                f"train.clip_norm={clip_norm}: must be above 0, or None for no clipping."
+            )
+        model.train()
+        self.model = model
+        self.optimizer = optimizer
+        self.seed = seed
+        self.clip_norm = clip_norm
+        self.accumulation_steps = accumulation_steps
+        self._build_loader = build_loader
+        self._device = next(model.parameters()).device
+        self._dtype = _AUTOCAST_DTYPES[precision]
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
+
+    def before_train(self) -> None:
+        super().before_train()
+        self._batches = iter(self._build_loader(self.start_iter))
+
+    def run_step(self) -> None:
+        """One optimizer step."""
+        if not self.model.training:
+            raise RuntimeError("the model was left in eval mode by a hook: call model.train().")
+        torch.manual_seed(_step_seed(self.seed, self.iter, comm.get_rank()))
+        self.optimizer.zero_grad(set_to_none=True)
+        batches: List[Batch] = []
+        losses: List[Dict[str, Tensor]] = []
+        data_seconds = 0.0
+        for step in range(self.accumulation_steps):
+            start = time.perf_counter()
+            batch = next(self._batches)
+            data_seconds += time.perf_counter() - start
+            with self._without_sync(last=step + 1 == self.accumulation_steps):
+                batch_losses = self._forward(batch)
+                total = sum(batch_losses.values()) / self.accumulation_steps
+                self._scaler.scale(total).backward()
+            batches.append(batch)
+            losses.append({name: loss.detach() for name, loss in batch_losses.items()})
+        norm = self._clip()
+        metrics = self._check_finite(batches, losses, norm)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        self.storage.put_scalars(data_time=data_seconds, **metrics)
+
+    def _forward(self, batch: Batch) -> Dict[str, Tensor]:
+        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None):
+            return self.model(batch)
+
+    def _without_sync(self, last: bool) -> ContextManager[None]:
+        """Gradients are summed over the processes once per step, with the last batch."""
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return nullcontext()
+
+    def _clip(self) -> Optional[Tensor]:
+        """Clips the gradient; its norm before that, or None without clipping."""
+        if self.clip_norm is None:
+            return None
+        self._scaler.unscale_(self.optimizer)
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+
+    def _check_finite(
+        self, batches: List[Batch], losses: List[Dict[str, Tensor]], norm: Optional[Tensor]
+    ) -> Dict[str, float]:
+        """Brings the losses to the host, in one transfer, before the optimizer may use them.
+
+        Returns:
+            The losses averaged over batches and processes, their sum, and the gradient's norm.
+
+        Raises:
+            NonFiniteLossError: a loss, or with clipping the gradient, is inf or nan.
+        """
+        names = list(losses[0])
+        local = torch.stack([torch.stack([loss[n].float() for n in names]) for loss in losses])
+        mean = local.mean(dim=0)
+        if comm.get_world_size() > 1:
+            dist.all_reduce(mean)
+            mean /= comm.get_world_size()
+        parts = [local.flatten(), mean] + ([] if norm is None else [norm.float().view(1)])
+        values = np.array(torch.cat(parts).tolist())
+        by_batch = values[: local.numel()].reshape(local.shape)
+        mean_host = values[local.numel() : local.numel() + len(names)]
+        if not np.isfinite(mean_host).all():
+            raise NonFiniteLossError(self._report(batches, names, by_batch))
+        metrics = dict(zip(names, mean_host.tolist()))
+        metrics["total_loss"] = float(mean_host.sum())
+        if norm is not None:
+            metrics["grad_norm"] = float(values[-1])
+            # With a loss scaler such a step is skipped and the scale reduced; that is no failure.
+            if not np.isfinite(values[-1]) and not self._scaler.is_enabled():
+                raise NonFiniteLossError(
+                    f"iteration {self.iter}: the losses are finite but the gradient's norm is "
+                    f"{values[-1]}. Images: {_image_names(batches)}."
+                )
+        return metrics
+
+    def _report(self, batches: List[Batch], names: List[str], by_batch: np.ndarray) -> str:
+        """Says which loss terms went wrong, and on which images."""
+        bad = ~np.isfinite(by_batch)
+        if not bad.any():
+            return (
+                f"iteration {self.iter}: a loss is not finite on another process; see its report."
+            )
+        rates = sorted({group["lr"] for group in self.optimizer.param_groups})
+        rows = [
+            f"  {name} = {by_batch[step, i]}"
+            + (f" (batch {step} of {len(batches)})" if len(batches) > 1 else "")
+            for step in range(len(batches))
+            for i, name in enumerate(names)
+            if bad[step, i]
+        ]
+        images = _image_names([batch for step, batch in enumerate(batches) if bad[step].any()])
+        return "\n".join(
+            [
+                f"iteration {self.iter}: the loss is not finite, and training stops before the "
+                "weights are touched.",
+                *rows,
+                f"  images: {images}",
+                f"  learning rate {rates}, precision {self._dtype or torch.float32}",
+                "Look at these images and their labels; if they are sound, lower optimizer.lr, set "
+                "train.clip_norm, or use train.precision=fp32.",
+            ]
+        )
+
+    def state_dict(self) -> Dict[str, Any]:
+        """State beyond the weights: iteration, hooks, optimizer, loss scaler, seed."""
+        return {
+            **super().state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Takes up the state of another run.
+
+        Raises:
+            ValueError: the run had another seed.
+        """
+        if state_dict["seed"] != self.seed:
+            raise ValueError(
+                f"train.seed={self.seed}, but the run to resume has seed {state_dict['seed']}: "
+                "resume with that one."
+            )
+        super().load_state_dict(state_dict)
+        self.optimizer.load_state_dict(state_dict["optimizer"])
+        self._scaler.load_state_dict(state_dict["scaler"])
+
+
+def _step_seed(seed: int, iteration: int, rank: int) -> int:
+    """A seed of its own for every step of every process."""
+    return int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0])
+
+
+def _image_names(batches: List[Batch]) -> str:
+    names = [str(image.get("file_name", "?")) for batch in batches for image in batch]
+    return ", ".join(names)

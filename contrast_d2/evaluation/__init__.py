@@ -1,0 +1,16 @@
+"""Evaluation of semantic segmentation."""
+
+from .evaluator import SemSegEvaluator
+from .metrics import AbsentClasses, SegmentationScores, confusion_matrix, segmentation_scores
+from .prior import PositionPrior, evaluate_position_prior, most_frequent_labels
+
+__all__ = [
+    "AbsentClasses",
+    "PositionPrior",
+    "SegmentationScores",
+    "SemSegEvaluator",
+    "confusion_matrix",
+    "evaluate_position_prior",
+    "most_frequent_labels",
+    "segmentation_scores",
+]

@@ -1,0 +1,213 @@
+"""detectron2's evaluator of semantic segmentation, with the counting done on the device.
+
+Shape letters: K classes, H W.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import SemSegEvaluator as DetectronSemSegEvaluator
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from tabulate import tabulate
+from torch import Tensor
+
+from contrast_d2.data.datasets import check_registered
+from contrast_d2.data.labels import LabelMap, load_labels
+
+from .metrics import (
+    AbsentClasses,
+    check_absent_classes,
+    confusion_matrix,
+    finite_scores,
+    segmentation_scores,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class SemSegEvaluator(DetectronSemSegEvaluator):
+    """Evaluate semantic segmentation with the result keys and numbers of detectron2's evaluator.
+
+    The confusion matrix stays on the device of the predictions: no prediction is copied to the
+    host and none is encoded unless `save_predictions` asks for it.
+
+    Args:
+        dataset_name: a dataset of the DatasetCatalog whose records have `sem_seg_file_name`.
+        distributed: gather the counts of all processes; the main process returns the results.
+        output_dir: folder for `sem_seg_evaluation.pth` (detectron2's) and
+            `sem_seg_evaluation.json` (dataset, number of images, policy and the scores, nan as
+            null); None writes nothing.
+        absent_classes: how classes absent from the ground truth enter the means, see
+            `segmentation_scores`. The default gives the numbers of detectron2 v0.6.
+        save_predictions: also write `sem_seg_predictions.json`, run-length encoded masks in COCO's
+            format, as detectron2's evaluator does.
+
+    Raises:
+        ValueError: the dataset is not registered, `absent_classes` is unknown, or predictions
+            shall be saved nowhere.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        *,
+        distributed: bool = True,
+        output_dir: str | None = None,
+        absent_classes: AbsentClasses = "zero_if_predicted",
+        save_predictions: bool = False,
+    ) -> None:
+        check_absent_classes(absent_classes)
+        if save_predictions and not output_dir:
+            raise ValueError("save_predictions=True needs an output_dir to save them in")
+        check_registered(dataset_name)
+        super().__init__(dataset_name, distributed=distributed, output_dir=output_dir)
+        self._label_map = LabelMap.from_metadata(MetadataCatalog.get(dataset_name))
+        self._absent_classes = absent_classes
+        self._save_predictions = save_predictions
+
+    def reset(self) -> None:
+        """Forget everything counted so far."""
+        self._confusion: Tensor | None = None  # (K, K) int64, on the device of the predictions
+        self._num_images = 0
+        self._predictions: list[dict] = []
+
+    def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
+        """Count the pixels of some images.
+
+        Args:
+            inputs: the model's inputs; `file_name` of each says which image it is.
+            outputs: the model's outputs; `sem_seg` of each is (K, H, W), one score per class, at
+                the size of the label image.
+
+        Raises:
+            ValueError: an image is not of this dataset, its scores are not (K, H, W), or their
+                size is not that of the labels.
+        """
+        for image, output in zip(inputs, outputs, strict=True):
+            label_file = self._label_file(image["file_name"])
+            scores_KHW = output["sem_seg"]
+            if scores_KHW.dim() != 3 or scores_KHW.shape[0] != self._num_classes:
+                raise ValueError(
+                    f"{image['file_name']}: the prediction has shape {tuple(scores_KHW.shape)}, "
+                    f"but {self._dataset_name} needs one score per class and pixel, "
+                    f"({self._num_classes}, H, W); set the model's num_classes to match"
+                )
+            predictions_HW = scores_KHW.argmax(dim=0)
+            labels = torch.from_numpy(load_labels(label_file, self._label_map))
+            labels_HW = labels.to(predictions_HW.device)
+            if predictions_HW.shape != labels_HW.shape:
+                raise ValueError(
+                    f"{image['file_name']}: the prediction is {tuple(predictions_HW.shape)} "
+                    f"(height, width), but its labels {label_file} are {tuple(labels_HW.shape)}; "
+                    "the model must resize its output to the height and width of its input"
+                )
+            counts = confusion_matrix(
+                predictions_HW, labels_HW, self._num_classes, self._ignore_label
+            )
+            self._confusion = counts if self._confusion is None else self._confusion.add_(counts)
+            self._num_images += 1
+            if self._save_predictions:
+                predictions = predictions_HW.cpu().numpy()
+                self._predictions += self.encode_json_sem_seg(predictions, image["file_name"])
+
+    def evaluate(self) -> OrderedDict | None:
+        """Score what was counted.
+
+        Returns:
+            {"sem_seg": {"mIoU", "fwIoU", "IoU-<class>", "mACC", "pACC", "ACC-<class>"}} in
+            percent; nan for a class that is absent from the ground truth. None in all but the
+            main process.
+        """
+        confusion = torch.zeros(self._num_classes, self._num_classes, dtype=torch.int64)
+        if self._confusion is not None:
+            confusion = self._confusion.cpu()
+        parts = [(confusion, self._num_images, self._predictions)]
+        if self._distributed:
+            comm.synchronize()
+            parts = comm.gather(parts[0], dst=0)
+            if not comm.is_main_process():
+                return None
+        confusion = torch.stack([part[0] for part in parts]).sum(dim=0)
+        num_images = sum(part[1] for part in parts)
+        scores = self._score(confusion)
+        if self._output_dir:
+            PathManager.mkdirs(self._output_dir)
+            if self._save_predictions:
+                self._write_predictions(itertools.chain.from_iterable(part[2] for part in parts))
+            self._write_scores(scores, num_images)
+        self._log_scores(scores, num_images)
+        return OrderedDict(sem_seg=scores)
+
+    def _label_file(self, file_name: str) -> str:
+        try:
+            return self.input_file_to_gt_file[file_name]
+        except KeyError:
+            raise ValueError(
+                f"{file_name} is not an image of {self._dataset_name}; evaluate a model on the "
+                "dataset that its loader reads"
+            ) from None
+
+    def _score(self, confusion: Tensor) -> dict[str, float]:
+        if not confusion.any():
+            logger.warning(
+                "%s: no labelled pixel was evaluated, so every score is nan", self._dataset_name
+            )
+        scores = segmentation_scores(confusion, absent_classes=self._absent_classes)
+        result = {"mIoU": 100 * scores.miou, "fwIoU": 100 * scores.fwiou}
+        for name, iou in zip(self._class_names, scores.class_iou, strict=True):
+            result[f"IoU-{name}"] = 100 * float(iou)
+        result |= {"mACC": 100 * scores.macc, "pACC": 100 * scores.pacc}
+        for name, acc in zip(self._class_names, scores.class_acc, strict=True):
+            result[f"ACC-{name}"] = 100 * float(acc)
+        return result
+
+    def _write_predictions(self, predictions: itertools.chain[dict]) -> None:
+        path = os.path.join(self._output_dir, "sem_seg_predictions.json")
+        with PathManager.open(path, "w") as file:
+            # One mask at a time: the text of a whole dataset is far larger than its masks.
+            file.write("[")
+            for i, prediction in enumerate(predictions):
+                file.write((", " if i else "") + json.dumps(prediction))
+            file.write("]")
+
+    def _write_scores(self, scores: dict[str, float], num_images: int) -> None:
+        path = os.path.join(self._output_dir, "sem_seg_evaluation")
+        with PathManager.open(path + ".pth", "wb") as file:
+            torch.save(scores, file)
+        report = {
+            "dataset": self._dataset_name,
+            "images": num_images,
+            "absent_classes": self._absent_classes,
+            "sem_seg": finite_scores(scores),
+        }
+        with PathManager.open(path + ".json", "w") as file:
+            file.write(json.dumps(report, indent=2, allow_nan=False) + "\n")
+
+    def _log_scores(self, scores: dict[str, float], num_images: int) -> None:
+        rows = [(name, scores[f"IoU-{name}"], scores[f"ACC-{name}"]) for name in self._class_names]
+        table = tabulate(rows, headers=("class", "IoU", "ACC"), floatfmt=".2f")
+        logger.info(
+            "%s, %d images: mIoU %.2f, fwIoU %.2f, mACC %.2f, pACC %.2f\n%s",
+            self._dataset_name,
+            num_images,
+            *(scores[name] for name in ("mIoU", "fwIoU", "mACC", "pACC")),
+            table,
+        )
+        absent = [name for name, iou, _ in rows if np.isnan(iou)]
+        if absent:
+            logger.info(
+                'absent from the ground truth of %s (absent_classes="%s"): %s',
+                self._dataset_name,
+                self._absent_classes,
+                ", ".join(absent),
+            )

@@ -1,0 +1,172 @@
+"""What a training run leaves in its folder: metrics, scores, configuration and weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from detectron2.config import LazyConfig, instantiate
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import nn
+
+Metrics = dict[int, dict[str, float]]
+
+
+class RunScores(NamedTuple):
+    """The scores of a run's last evaluation.
+
+    Attributes:
+        dataset: name of the dataset.
+        scores: {"mIoU", "IoU-<class>", ...} in percent, nan for absent classes.
+    """
+
+    dataset: str
+    scores: dict[str, float]
+
+
+def read_metrics(path: str | Path) -> Metrics:
+    """Read the metrics.json of detectron2's JSONWriter, one JSON object per line.
+
+    A run that was killed and resumed repeats iterations, and may have torn a line: the last value
+    of an iteration wins, and what cannot be read is skipped.
+
+    Args:
+        path: the metrics.json.
+
+    Returns:
+        {iteration: {name: value}} in the order of the iterations.
+
+    Raises:
+        ValueError: the file is missing or holds no metrics.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; is this the output folder of a training run?")
+    metrics: Metrics = {}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
+            values = _parse_line(line)
+            if values is not None:
+                metrics.setdefault(int(values.pop("iteration")), {}).update(values)
+    if not metrics:
+        raise ValueError(f"{path} holds no metrics yet; they appear after the first log period")
+    return dict(sorted(metrics.items()))
+
+
+def _parse_line(line: str) -> dict[str, float] | None:
+    # A resumed run appends right after a torn line: its own object starts at the last brace.
+    try:
+        values = json.loads(line[max(line.rfind("{"), 0) :])
+    except json.JSONDecodeError:
+        return None
+    return values if isinstance(values, dict) and "iteration" in values else None
+
+
+def read_config(run_dir: str | Path) -> DictConfig:
+    """Read the config.yaml of a run.
+
+    Raises:
+        ValueError: it is missing, or is not a config of a model and its data.
+    """
+    path = Path(run_dir) / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; is this the output folder of a training run?")
+    config = LazyConfig.load(str(path))
+    for key in ("model", "dataloader.test.dataset"):
+        if OmegaConf.select(config, key) is None:
+            raise ValueError(f"{path} has no {key}; it is not the config of a training run")
+    return config
+
+
+def last_checkpoint(run_dir: str | Path) -> Path:
+    """Find the newest weights of a run: what `last_checkpoint` names, else model_final.pth.
+
+    Raises:
+        ValueError: there are none.
+    """
+    run_dir = Path(run_dir)
+    pointer = run_dir / "last_checkpoint"
+    name = pointer.read_text().strip() if pointer.is_file() else "model_final.pth"
+    if not (run_dir / name).is_file():
+        raise ValueError(f"{run_dir} has no checkpoint ({name} does not exist)")
+    return run_dir / name
+
+
+def load_run_model(run_dir: str | Path) -> nn.Module:
+    """Build the model of a run with its newest weights, in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: config or checkpoint are missing, unreadable, or do not fit each other.
+    """
+    config = read_config(run_dir).model
+    _disable_pretrained(config)
+    path = last_checkpoint(run_dir)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)["model"]
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
+    model = instantiate(config)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        mismatch = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} does not fit the model of config.yaml: {mismatch}") from error
+    return model.eval()
+
+
+def _disable_pretrained(config: DictConfig | ListConfig) -> None:
+    """Keep constructors from downloading weights that the checkpoint replaces anyway."""
+    for node in _nodes(config):
+        if isinstance(node, DictConfig) and node.get("pretrained"):
+            node.pretrained = False
+
+
+def _nodes(config: DictConfig | ListConfig) -> Iterator[DictConfig | ListConfig]:
+    yield config
+    keys = config if isinstance(config, DictConfig) else range(len(config))
+    for key in keys:
+        if OmegaConf.is_config(config[key]):
+            yield from _nodes(config[key])
+
+
+def last_scores(run_dir: str | Path, metrics: Metrics) -> RunScores | None:
+    """Find the scores of a run's last evaluation.
+
+    Args:
+        run_dir: the run; its newest inference/**/sem_seg_evaluation.json is read.
+        metrics: what `read_metrics` gives, used when there is no such file.
+
+    Returns:
+        The scores, or None if the run was never evaluated.
+
+    Raises:
+        ValueError: the scores are in the metrics only and the config does not name the dataset.
+    """
+    reports = list(Path(run_dir).glob("inference/**/sem_seg_evaluation.json"))
+    if reports:
+        newest = max(reports, key=lambda path: path.stat().st_mtime)
+        report = json.loads(newest.read_text())
+        return RunScores(report["dataset"], _with_nan(report["sem_seg"]))
+    evaluations = [values for values in metrics.values() if "sem_seg/mIoU" in values]
+    if not evaluations:
+        return None
+    prefix = "sem_seg/"
+    scores = {
+        name.removeprefix(prefix): value
+        for name, value in evaluations[-1].items()
+        if name.startswith(prefix)
+    }
+    return RunScores(read_config(run_dir).dataloader.test.dataset, scores)
+
+
+def _with_nan(scores: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if value is None else value for name, value in scores.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

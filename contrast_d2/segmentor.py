@@ -1,0 +1,142 @@
+"""The meta-architecture: a segmentation network that trains with a contrast method beside its loss.
+
+Shape letters: B images, K classes, H W the padded size of a batch, h w a feature map.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+import torch
+from detectron2.modeling import Backbone, SemanticSegmentor
+from detectron2.modeling.postprocessing import sem_seg_postprocess
+from detectron2.structures import ImageList
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from .losses import SegLoss, upsample
+from .structures import SegOutput
+
+__all__ = ["ContrastiveSegmentor", "SegOutput", "inference_state_dict"]
+
+_CONTRAST_PREFIX = "contrast."
+
+
+class ContrastiveSegmentor(SemanticSegmentor):
+    """Semantic segmentation trained with an optional contrast method on its features.
+
+    In evaluation the contrast method and its projectors never run: with the same weights, the output
+    is that of the model built with `contrast=None`, bit for bit.
+
+    Args:
+        backbone: images -> feature maps by name.
+        sem_seg_head: feature maps -> `SegOutput`. It sees no labels and computes no loss.
+        pixel_mean, pixel_std: per channel, in the units of the input images (0..255).
+        seg_loss: (`SegOutput`, labels) -> losses by name.
+        contrast: (feature maps, logits, labels) -> `ContrastOutput`; None for the baseline.
+        ignore_label: label of padding, and of pixels that no loss counts.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        sem_seg_head: nn.Module,
+        pixel_mean: Sequence[float],
+        pixel_std: Sequence[float],
+        seg_loss: SegLoss,
+        contrast: Optional[nn.Module] = None,
+        ignore_label: int = 255,
+    ) -> None:
+        super().__init__(
+            backbone=backbone,
+            sem_seg_head=sem_seg_head,
+            pixel_mean=pixel_mean,
+            pixel_std=pixel_std,
+        )
+        self.seg_loss = seg_loss
+        self.contrast = contrast
+        self.ignore_label = ignore_label
+
+    def forward(self, batched_inputs: List[Dict[str, Any]]):
+        """Runs a batch.
+
+        Args:
+            batched_inputs: a dict per image: "image" (3, H, W) in the units of `pixel_mean`; in
+                training "sem_seg" (H, W) integer labels; in evaluation optionally "height" and
+                "width", the size of the output.
+
+        Returns:
+            In training, the losses by name. In evaluation, a dict per image with "sem_seg", the
+            (K, height, width) class scores.
+
+        Raises:
+            ValueError: an image without labels in training.
+        """
+        images = self._normalise(batched_inputs)
+        features = self.backbone(images.tensor)
+        output = self.sem_seg_head(features)
+        if not self.training:
+            return self._at_output_size(output.logits, images, batched_inputs)
+
+        labels = self._stack_labels(batched_inputs)
+        losses = self.seg_loss(output, labels)
+        if self.contrast is not None:
+            contrast = self.contrast(
+                {**features, **output.features}, output.logits.detach(), labels
+            )
+            losses.update(contrast.losses)
+            _record(contrast.statistics)
+        return losses
+
+    def _normalise(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
+        images = [x["image"].to(self.device) for x in batched_inputs]
+        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
+        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+
+    def _stack_labels(self, batched_inputs: List[Dict[str, Any]]) -> Tensor:
+        """(B, H, W) labels, padded as the images are."""
+        for x in batched_inputs:
+            if "sem_seg" not in x:
+                raise ValueError(
+                    f"image {x.get('file_name', '')!r} came without 'sem_seg' labels: training "
+                    "needs a mapper with is_train=True."
+                )
+        labels = [x["sem_seg"].to(self.device) for x in batched_inputs]
+        return ImageList.from_tensors(
+            labels, self.backbone.size_divisibility, self.ignore_label
+        ).tensor
+
+    @staticmethod
+    def _at_output_size(
+        logits: Tensor, images: ImageList, batched_inputs: List[Dict[str, Any]]
+    ) -> List[Dict[str, Tensor]]:
+        logits = upsample(logits, images.tensor.shape[-2:])
+        results = []
+        for scores, x, size in zip(logits, batched_inputs, images.image_sizes):
+            height, width = x.get("height", size[0]), x.get("width", size[1])
+            results.append({"sem_seg": sem_seg_postprocess(scores, size, height, width)})
+        return results
+
+
+def inference_state_dict(model: nn.Module) -> Dict[str, Tensor]:
+    """The weights that are left at test time: those of the model without its contrast method.
+
+    They load into the model that the same config builds with `model.contrast=None`.
+    """
+    state = model.state_dict()
+    return {name: value for name, value in state.items() if not name.startswith(_CONTRAST_PREFIX)}
+
+
+def _record(statistics: Mapping[str, Tensor]) -> None:
+    """Logs 0-dim tensors where a trainer listens; undefined (nan) ones are left out."""
+    try:
+        storage = get_event_storage()
+    except AssertionError:  # no trainer around: the model is used on its own
+        return
+    if statistics:
+        # One transfer for all of them.
+        values = torch.stack([value.float() for value in statistics.values()]).tolist()
+        for name, value in zip(statistics, values):
+            if value == value:
+                storage.put_scalar(name, value)

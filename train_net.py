@@ -1,0 +1,34 @@
+#!/usr/bin/env python
+"""Trains or evaluates the model of an experiment file.
+
+python train_net.py --config-file configs/camvid/semfpn_r18_ms_cs_6k.py [--num-gpus N] [--resume]
+    [--eval-only] [key=value ...]
+"""
+
+import sys
+
+from contrast_d2.engine import launch, load_config, main
+from detectron2.engine import default_argument_parser
+from torch.multiprocessing import ProcessExitedException
+
+
+def run() -> None:
+    args = default_argument_parser().parse_args()
+    try:
+        load_config(args.config_file, args.opts)  # a mistake is told before processes start
+        launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except ProcessExitedException as error:  # the process has told why
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    run()
