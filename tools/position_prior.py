@@ -1,0 +1,55 @@
+#!/usr/bin/env python
+"""Score the trivial predictor: the most frequent training class at each pixel position.
+
+Usage:
+    python tools/position_prior.py --train camvid_sem_seg_train --eval camvid_sem_seg_val
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import contrast_d2.data  # noqa: F401  (registers the datasets)
+from contrast_d2.evaluation import evaluate_position_prior
+from contrast_d2.evaluation.metrics import finite_scores
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the command's name; None takes them from `sys.argv`.
+
+    Returns:
+        The exit status.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--train", required=True, help="dataset whose labels are counted")
+    parser.add_argument("--eval", required=True, help="dataset that is predicted and scored")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="also write the scores as JSON")
+    options = parser.parse_args(arguments)
+    try:
+        scores = evaluate_position_prior(options.train, options.eval)["sem_seg"]
+    except (ValueError, OSError) as error:
+        print(f"position_prior: {error}", file=sys.stderr)
+        return 1
+    if options.output:
+        report = {
+            "command": f"python tools/position_prior.py --train {options.train} "
+            f"--eval {options.eval} --output {options.output}",
+            "predictor": "most frequent training class at each pixel position",
+            "train": options.train,
+            "eval": options.eval,
+            "sem_seg": finite_scores(scores),
+        }
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    print(f"mIoU {scores['mIoU']:.2f} on {options.eval}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
