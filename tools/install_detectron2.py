@@ -283,6 +283,14 @@ def _explain_download(requirement: str, output: str) -> str:
             f"pip found no {requirement}: there is no network, or your package index lacks it; "
             "with a checkout or source archive of detectron2 at hand, use --from"
         )
+    if "direct URL dependencies" in output:
+        # pip 26.3 refuses archives of which an extra names a URL, as 0.6 does, whatever is asked of
+        # them. That is the user's pip and its policy: it is not worked around here.
+        return (
+            f"this pip refuses {requirement}, because one of its extras names a URL: run "
+            f"{sys.executable} -m pip install 'pip<26.3' first, or give a checkout or source "
+            "archive of detectron2 with --from"
+        )
     torch = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, text=True)
     if torch.returncode:
         return f"torch of {sys.executable} cannot be imported: {_last_line(torch.stderr)}"
