@@ -102,16 +102,17 @@ class _Kind(NamedTuple):
     """The class's own texture, an index into ``_TEXTURES``."""
 
 
-# In contiguous order after the background: each class rarer than the one before.
+# In contiguous order after the background: each class rarer than the one before. Two classes share
+# each hue, so that even objects in their own colour need their shape to be told apart.
 _KINDS = (
     _Kind("disc", (230, 25, 75), _disc, 0.85, 2, (11, 21), 0.0, 0.02, 0),
-    _Kind("square", (60, 180, 75), _square, 0.65, 2, (10, 19), 0.8, 0.30, 1),
-    _Kind("triangle", (255, 225, 25), _triangle, 0.50, 2, (12, 21), 3.1, 0.55, 2),
-    _Kind("ring", (0, 130, 200), _ring, 0.40, 2, (10, 16), 0.0, 0.12, 3),
-    _Kind("cross", (245, 130, 48), _cross, 0.28, 2, (10, 16), 0.8, 0.75, 0),
-    _Kind("pole", (145, 30, 180), _pole, 0.22, 3, (18, 36), 0.3, 0.42, 1),
-    _Kind("star", (70, 240, 240), _star, 0.14, 2, (9, 14), 0.6, 0.88, 2),
-    _Kind("dot", (240, 50, 230), _disc, 0.09, 3, (2.2, 3.2), 0.0, 0.65, 3),
+    _Kind("square", (60, 180, 75), _square, 0.65, 2, (10, 19), 0.8, 0.02, 1),
+    _Kind("triangle", (255, 225, 25), _triangle, 0.50, 2, (12, 21), 3.1, 0.33, 2),
+    _Kind("ring", (0, 130, 200), _ring, 0.40, 2, (10, 16), 0.0, 0.33, 3),
+    _Kind("cross", (245, 130, 48), _cross, 0.28, 2, (10, 16), 0.8, 0.58, 0),
+    _Kind("pole", (145, 30, 180), _pole, 0.22, 3, (18, 36), 0.3, 0.58, 1),
+    _Kind("star", (70, 240, 240), _star, 0.14, 2, (9, 14), 0.6, 0.83, 2),
+    _Kind("dot", (240, 50, 230), _disc, 0.09, 3, (2.2, 3.2), 0.0, 0.83, 3),
 )
 
 CLASS_NAMES = ("background", *(kind.name for kind in _KINDS))
@@ -145,9 +146,7 @@ def _speckles(x: np.ndarray, y: np.ndarray, rng: np.random.RandomState) -> np.nd
 _TEXTURES = (_plain, _stripes, _checks, _speckles)
 
 
-def _palette(
-    rng: np.random.RandomState, hue: float, saturation: tuple[float, float]
-) -> np.ndarray:
+def _palette(rng: np.random.RandomState, hue: float, saturation: tuple[float, float]) -> np.ndarray:
     """Two colours around a hue, a light and a dark one, (2, 3) in 0..255."""
     light = rng.uniform(0.7, 1.0), rng.uniform(0.25, 0.55)
     saturation = rng.uniform(*saturation)

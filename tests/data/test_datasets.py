@@ -1,0 +1,174 @@
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
+
+from contrast_d2.data import DATASETS, LabelMap, SemSegMapper, load_labels, register_datasets
+
+# Share of each class in the labelled pixels, in percent, and number of images that hold it, from
+# the description of this release of CamVid.
+TRAIN_PERCENT = [17.538, 24.215, 1.023, 32.960, 4.671, 10.124, 1.221, 1.173, 6.107, 0.666, 0.304]
+TRAIN_IMAGES = [366, 365, 366, 367, 349, 319, 351, 173, 360, 317, 201]
+TRAIN_VOID_PERCENT = 3.948
+
+
+def test_import_registers_and_reads_no_disk(tmp_path):
+    """Importing works without any data, and opens nothing in the datasets folder."""
+    missing = tmp_path / "missing"
+    code = f"""
+import json, sys
+opened = []
+sys.addaudithook(
+    lambda event, args: opened.append(str(args[0]))
+    if event in ("open", "os.listdir", "os.scandir") and {str(missing)!r} in str(args[0])
+    else None
+)
+import contrast_d2.data
+from detectron2.data import DatasetCatalog, MetadataCatalog
+names = [n for n in DatasetCatalog.list() if n.startswith(("camvid", "shapes"))]
+print(json.dumps([opened, {{n: MetadataCatalog.get(n).stuff_classes for n in names}}]))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "DETECTRON2_DATASETS": str(missing)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    opened, classes = json.loads(run.stdout.splitlines()[-1])
+    assert opened == []
+    assert set(classes) == {
+        *(f"camvid_sem_seg_{split}" for split in ("train", "val", "test", "trainval")),
+        *(f"shapes_sem_seg_{split}" for split in ("train", "val")),
+    }
+    assert len(classes["camvid_sem_seg_test"]) == 11
+    assert len(classes["shapes_sem_seg_val"]) == 9
+
+
+def test_registration_leaves_registered_names_alone(monkeypatch):
+    name = DATASETS[0].name
+    records = [{"file_name": "theirs"}]
+    monkeypatch.setitem(DatasetCatalog.data, name, lambda: records)
+    before = MetadataCatalog.get(name).as_dict()
+    register_datasets()
+    assert DatasetCatalog.get(name) is records
+    assert MetadataCatalog.get(name).as_dict() == before
+
+
+def test_rows_become_metadata(tiny_camvid):
+    """A row whose label values are not contiguous: the general case of the table."""
+    name = "rows_become_metadata"
+    camvid = DATASETS[0]
+    classes = camvid.classes._replace(
+        names=("road", "car"), colors=((1, 2, 3), (4, 5, 6)), ids=(3, 8), void_ids=(0, 255)
+    )
+    register_datasets([camvid._replace(name=name, classes=classes)])
+    try:
+        metadata = MetadataCatalog.get(name)
+        assert metadata.stuff_dataset_id_to_contiguous_id == {3: 0, 8: 1}
+        assert metadata.void_dataset_ids == (0, 255)
+        assert metadata.stuff_colors == [[1, 2, 3], [4, 5, 6]]
+        assert metadata.evaluator_type == "sem_seg"
+        assert metadata.ignore_label == 255
+        assert len(DatasetCatalog.get(name)) == 3
+    finally:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.mark.parametrize("row", DATASETS, ids=lambda row: row.name)
+def test_table_is_consistent(row):
+    classes = row.classes
+    assert len(classes.names) == len(classes.colors) == len(classes.ids) == len(set(classes.colors))
+    assert LabelMap.from_metadata(MetadataCatalog.get(row.name)).num_classes == len(classes.names)
+
+
+def test_records_are_sorted_and_read_at_load_time(tiny_camvid):
+    records = DatasetCatalog.get("camvid_sem_seg_train")
+    assert [record["image_id"] for record in records] == ["a", "b", "c"]
+    assert records[1] == {
+        "file_name": str(tiny_camvid / "images/train/b.png"),
+        "sem_seg_file_name": str(tiny_camvid / "annotations/train/b.png"),
+        "image_id": "b",
+        "height": 6,
+        "width": 8,
+    }
+
+
+def test_image_size_follows_exif_orientation(tiny_camvid):
+    """detectron2 turns such an image upright, so that its record has to be upright, too."""
+    (tiny_camvid / "images/train/b.png").unlink()
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (6, 8)).save(tiny_camvid / "images/train/b.jpg", exif=exif)
+    record = DatasetCatalog.get("camvid_sem_seg_train")[1]
+    assert (record["height"], record["width"]) == (6, 8)
+    mapped = SemSegMapper(dataset_name="camvid_sem_seg_train", is_train=True)(record)
+    assert mapped["image"].shape == (3, 6, 8)
+
+
+def test_missing_folder_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="nowhere/camvid/images/val does not exist.*") as error:
+        DatasetCatalog.get("camvid_sem_seg_val")
+    assert "DETECTRON2_DATASETS" in str(error.value)
+
+
+def test_missing_label_folder_is_named(tiny_camvid):
+    (tiny_camvid / "annotations/train").rename(tiny_camvid / "annotations/other")
+    with pytest.raises(ValueError, match="camvid/annotations/train does not exist"):
+        DatasetCatalog.get("camvid_sem_seg_train")
+
+
+def test_empty_folder_is_named(tiny_camvid):
+    for path in (tiny_camvid / "images/train").iterdir():
+        path.unlink()
+    with pytest.raises(ValueError, match="images/train holds no images.*DETECTRON2_DATASETS"):
+        DatasetCatalog.get("camvid_sem_seg_train")
+
+
+def test_image_without_label_is_named(tiny_camvid):
+    (tiny_camvid / "annotations/train/b.png").unlink()
+    with pytest.raises(ValueError, match=r"images/train/b\.png has no label.*annotations/train/b"):
+        DatasetCatalog.get("camvid_sem_seg_train")
+
+
+def test_unreadable_image_header_is_named(tiny_camvid):
+    (tiny_camvid / "images/train/c.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"Cannot read the image .*images/train/c\.png"):
+        DatasetCatalog.get("camvid_sem_seg_train")
+
+
+@pytest.mark.parametrize(
+    ("split", "count"), [("train", 367), ("val", 101), ("test", 233), ("trainval", 468)]
+)
+def test_camvid_counts(camvid, split, count):
+    records = DatasetCatalog.get(f"camvid_sem_seg_{split}")
+    assert len({record["image_id"] for record in records}) == len(records) == count
+    assert {(record["height"], record["width"]) for record in records} == {(360, 480)}
+
+
+def test_camvid_class_shares(camvid):
+    """The remapped labels of the training split have the published distribution."""
+    label_map = LabelMap.from_metadata(MetadataCatalog.get("camvid_sem_seg_train"))
+    pixels, images = np.zeros(256, dtype=np.int64), np.zeros(256, dtype=np.int64)
+    for record in DatasetCatalog.get("camvid_sem_seg_train"):
+        counts = np.bincount(
+            load_labels(record["sem_seg_file_name"], label_map).flat, minlength=256
+        )
+        pixels += counts
+        images += counts > 0
+    assert set(np.flatnonzero(pixels)) == {*range(11), 255}
+    assert 100 * pixels[255] / pixels.sum() == pytest.approx(TRAIN_VOID_PERCENT, abs=5e-4)
+    assert 100 * pixels[:11] / pixels[:11].sum() == pytest.approx(TRAIN_PERCENT, abs=6e-4)
+    assert images[:11].tolist() == TRAIN_IMAGES
+
+
+def test_camvid_names_match_the_release(camvid):
+    lines = (camvid / "classes.txt").read_text().split("\n")[:11]
+    assert MetadataCatalog.get("camvid_sem_seg_val").stuff_classes == lines
