@@ -1,0 +1,476 @@
+"""Multi- and cross-scale contrast as a whole. Shape letters: B images, A anchors, K classes."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from contrast_d2.contrast import (
+    BalancedSampler,
+    MultiScaleContrast,
+    MultiScaleProjector,
+    downsample_labels,
+    gather_embeddings,
+)
+
+from . import references
+
+CHANNELS = {"res2": 5, "res3": 6, "res4": 7, "res5": 8}
+STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
+SCALE_WEIGHTS = {"res2": 1.0, "res3": 0.7, "res4": 0.4, "res5": 0.1}
+CROSS_SCALE = [("res2", "res5", 1.0), ("res2", "res4", 1.0)]
+NUM_CLASSES = 4
+
+
+def build(**arguments) -> MultiScaleContrast:
+    """Multi- and cross-scale contrast of few anchors; `arguments` override the defaults."""
+    projector = MultiScaleProjector(CHANNELS, 6, num_hidden=arguments.pop("num_hidden", 1))
+    sampler = arguments.pop("sampler", BalancedSampler(NUM_CLASSES, max_anchors=40, floor=10))
+    defaults = {"scale_weights": SCALE_WEIGHTS, "cross_scale": CROSS_SCALE}
+    return MultiScaleContrast(projector, sampler, **{**defaults, **arguments})
+
+
+def ms_cs(channels: dict[str, int], num_classes: int) -> MultiScaleContrast:
+    """As in the paper."""
+    return MultiScaleContrast(
+        MultiScaleProjector(channels, 256, num_hidden=2),
+        BalancedSampler(num_classes, balance="class", max_anchors=10_000, floor=64),
+        scale_weights=SCALE_WEIGHTS,
+        cross_scale=CROSS_SCALE,
+    )
+
+
+def ms_cs_release(channels: dict[str, int], num_classes: int) -> MultiScaleContrast:
+    """As in the code that the authors published."""
+    return MultiScaleContrast(
+        MultiScaleProjector(channels, 256, num_hidden=1, bn_momentum=3e-4),
+        BalancedSampler(
+            num_classes,
+            balance="image_class",
+            max_anchors=10_000,
+            min_pixels=5,
+            max_per_group=2500,
+        ),
+        scale_weights=SCALE_WEIGHTS,
+        cross_scale=CROSS_SCALE,
+        count_empty_anchors=True,
+    )
+
+
+def random_batch(num_images: int = 2, size: int = 96) -> tuple[dict[str, Tensor], Tensor]:
+    """Features and labels; classes come in patches, and class 3 covers one pixel at stride 16."""
+    features = {
+        name: torch.randn(num_images, c, size // STRIDES[name], size // STRIDES[name])
+        for name, c in CHANNELS.items()
+    }
+    patches = torch.tensor([0, 1, 2, 255])[torch.randint(4, (num_images, size // 8, size // 8))]
+    labels = patches.repeat_interleave(8, 1).repeat_interleave(8, 2)
+    labels[0, 16:32, :16] = 3
+    return features, labels
+
+
+def gradients(loss: Tensor, module: torch.nn.Module) -> dict[str, Tensor | None]:
+    module.zero_grad()
+    loss.backward()
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def draw(contrast: MultiScaleContrast, features: dict, labels: Tensor, seed: int) -> dict:
+    """The (embeddings, labels) of the anchors that a call with this seed contrasts."""
+    maps = [downsample_labels(labels, features[name].shape[-2:]) for name in CHANNELS]
+    draws = contrast.sampler(maps, torch.Generator().manual_seed(seed))
+    embeddings = contrast.projector(features)
+    return {
+        name: (gather_embeddings(embeddings[name], d.image, d.pixel), d.labels.tolist())
+        for name, d in zip(CHANNELS, draws, strict=True)
+    }
+
+
+def run(contrast: MultiScaleContrast, features: dict, labels: Tensor, seed: int = 1):
+    return contrast(features, None, labels, torch.Generator().manual_seed(seed))
+
+
+def double(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: f.double().requires_grad_() for name, f in features.items()}
+
+
+# ---- the equations
+
+
+@pytest.mark.parametrize("count_empty", [False, True])
+def test_total_equals_the_equations(count_empty: bool) -> None:
+    features, labels = random_batch()
+    features = double(features)
+    contrast = build(
+        weight=0.2,
+        cross_weight=0.3,
+        cross_scale=[("res2", "res5", 1.0), ("res2", "res4", 0.5)],
+        temperature=0.1,
+        cross_temperature=0.4,
+        count_empty_anchors=count_empty,
+    ).double()
+    losses = run(contrast, features, labels).losses
+    anchors = draw(contrast, features, labels, seed=1)
+    within = {name: references.within_loss(*anchors[name], 0.1, count_empty) for name in CHANNELS}
+    cross = {
+        other: references.cross_loss(*anchors["res2"], *anchors[other], 0.4, count_empty)
+        for other in ("res5", "res4")
+    }
+    expected = {
+        "loss_contrast_res2": 0.2 * within["res2"],
+        "loss_contrast_res3": 0.2 * 0.7 * within["res3"],
+        "loss_contrast_res4": 0.2 * 0.4 * within["res4"],
+        "loss_contrast_res5": 0.2 * 0.1 * within["res5"],
+        "loss_contrast_res2_res5": 0.3 * cross["res5"],
+        "loss_contrast_res2_res4": 0.3 * 0.5 * cross["res4"],
+    }
+    assert list(losses) == list(expected)
+    torch.testing.assert_close(losses, expected, rtol=1e-9, atol=0)
+    inputs = [*features.values(), *contrast.parameters()]
+    actual_gradients = torch.autograd.grad(sum(losses.values()), inputs, retain_graph=True)
+    expected_gradients = torch.autograd.grad(sum(expected.values()), inputs)
+    torch.testing.assert_close(actual_gradients, expected_gradients, rtol=1e-7, atol=1e-12)
+
+
+def test_the_default_weights_are_those_of_the_paper() -> None:
+    features, labels = random_batch()
+    contrast, scaled = build(), build(weight=1.0, cross_weight=1.0)
+    scaled.load_state_dict(contrast.state_dict())
+    losses, unscaled = run(contrast, features, labels).losses, run(scaled, features, labels).losses
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, 0.1 * unscaled[name])
+
+
+def test_symmetric_takes_half_of_each_direction() -> None:
+    features, labels = random_batch()
+    contrast = build(symmetric=True, cross_weight=0.3, cross_temperature=0.2).double()
+    features = double(features)
+    losses = run(contrast, features, labels).losses
+    assert [name for name in losses if name.count("res") == 2] == [
+        "loss_contrast_res2_res5",
+        "loss_contrast_res5_res2",
+        "loss_contrast_res2_res4",
+        "loss_contrast_res4_res2",
+    ]
+    anchors = draw(contrast, features, labels, seed=1)
+    for first, second in [("res2", "res5"), ("res5", "res2"), ("res2", "res4"), ("res4", "res2")]:
+        expected = 0.15 * references.cross_loss(*anchors[first], *anchors[second], 0.2)
+        torch.testing.assert_close(losses[f"loss_contrast_{first}_{second}"], expected)
+
+
+@pytest.mark.parametrize("detach", [False, True])
+def test_detach_contrast_stops_the_gradient_of_the_other_side(detach: bool) -> None:
+    features, labels = random_batch()
+    contrast = build(detach_contrast=detach)
+    losses = run(contrast, features, labels).losses
+    found = gradients(losses["loss_contrast_res2_res5"], contrast)
+    assert found["projector.heads.res2.0.weight"].any()
+    other_side = found["projector.heads.res5.0.weight"]
+    assert (other_side is None or not other_side.any()) == detach
+
+
+def test_detach_contrast_leaves_the_terms_within_scales_alone() -> None:
+    features, labels = random_batch()
+    plain, detached = build(), build(detach_contrast=True)
+    detached.load_state_dict(plain.state_dict())
+    found = [
+        gradients(run(contrast, features, labels).losses["loss_contrast_res5"], contrast)
+        for contrast in (plain, detached)
+    ]
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+    assert found[0]["projector.heads.res5.0.weight"].any()
+
+
+def test_statistics_are_those_of_the_anchors() -> None:
+    features, labels = random_batch()
+    contrast = build().double()
+    statistics = run(contrast, double(features), labels).statistics
+    anchors = draw(contrast, double(features), labels, seed=1)
+    terms = {name: (name, name) for name in CHANNELS}
+    terms.update({"res2_res5": ("res2", "res5"), "res2_res4": ("res2", "res4")})
+    quantities = ("anchors", "classes", "positive_similarity", "negative_similarity")
+    assert list(statistics) == [f"contrast/{term}/{q}" for term in terms for q in quantities]
+    for term, (first, second) in terms.items():
+        (embeddings, classes), (others, other_classes) = anchors[first], anchors[second]
+        same, different = [], []
+        for i, label in enumerate(classes):
+            for j, other in enumerate(other_classes):
+                if first != second or i != j:
+                    (same if label == other else different).append(
+                        torch.dot(embeddings[i], others[j]).item()
+                    )
+        expected = [
+            len(classes),
+            len(set(classes)),
+            sum(same) / len(same),
+            sum(different) / len(different),
+        ]
+        actual = [statistics[f"contrast/{term}/{q}"] for q in quantities]
+        assert [a.item() for a in actual] == pytest.approx(expected)
+        assert not any(a.requires_grad or a.dim() for a in actual)
+
+
+# ---- presets
+
+
+@pytest.mark.parametrize("preset", [ms_cs, ms_cs_release])
+def test_presets(preset) -> None:
+    features, labels = random_batch(size=128)
+    contrast = preset(CHANNELS, NUM_CLASSES)
+    output = contrast(features, None, labels)
+    assert list(output.losses) == [
+        "loss_contrast_res2",
+        "loss_contrast_res3",
+        "loss_contrast_res4",
+        "loss_contrast_res5",
+        "loss_contrast_res2_res5",
+        "loss_contrast_res2_res4",
+    ]
+    assert all(loss > 0 and loss.dtype == torch.float32 for loss in output.losses.values())
+    found = gradients(sum(output.losses.values()), contrast)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    assert all(gradient.any() for gradient in found.values())
+
+
+@pytest.mark.parametrize(
+    ("preset", "at_stride_8"),
+    # 40 pixels of class 1 in one image of four; classes 0 and 2 share the rest. The paper levels
+    # classes at max(40, floor of 64); the release levels seven (image, class) pairs at 40.
+    [(ms_cs, {0: 64, 1: 40, 2: 64}), (ms_cs_release, {0: 160, 1: 40, 2: 160})],
+)
+def test_presets_balance_as_they_say(preset, at_stride_8: dict[int, int]) -> None:
+    grid = torch.zeros(4, 16, 16, dtype=torch.long)
+    grid[:, 8:] = 2
+    grid[0, 0, :16] = 1
+    grid[0, 1, :16] = 1
+    grid[0, 2, :8] = 1
+    contrast = preset(CHANNELS, NUM_CLASSES)
+    (drawn,) = contrast.sampler([grid])
+    labels, counts = drawn.labels.unique(return_counts=True)
+    assert dict(zip(labels.tolist(), counts.tolist(), strict=True)) == at_stride_8
+
+
+def test_the_release_leaves_out_what_is_smaller_than_five_pixels() -> None:
+    grid = torch.zeros(1, 16, 16, dtype=torch.long)
+    grid[0, 8:] = 1
+    grid[0, 0, :4] = 2
+    (drawn,) = ms_cs_release(CHANNELS, NUM_CLASSES).sampler([grid])
+    assert drawn.labels.unique().tolist() == [0, 1]
+    (drawn,) = ms_cs(CHANNELS, NUM_CLASSES).sampler([grid])
+    assert drawn.labels.unique().tolist() == [0, 1, 2]
+
+
+# ---- degenerate crops
+
+
+@pytest.mark.parametrize("preset", [ms_cs, ms_cs_release])
+@pytest.mark.parametrize("fill", [255, 2])
+def test_nothing_to_contrast_gives_zeros(preset, fill: int) -> None:
+    features, _ = random_batch(size=64)
+    features = {name: f.requires_grad_() for name, f in features.items()}
+    contrast = preset(CHANNELS, NUM_CLASSES)
+    output = contrast(features, None, torch.full((2, 64, 64), fill))
+    assert [loss.item() for loss in output.losses.values()] == [0] * 6
+    assert output.statistics["contrast/res2/anchors"] == (0 if fill == 255 else 512)
+    assert output.statistics["contrast/res2/negative_similarity"].isnan()
+    found = gradients(sum(output.losses.values()), contrast)
+    found.update({name: f.grad for name, f in features.items()})
+    assert all(gradient is not None and not gradient.any() for gradient in found.values())
+
+
+def test_a_class_that_vanishes_at_a_coarse_scale() -> None:
+    features, labels = random_batch()
+    labels[:] = 0
+    labels[:, 48:] = 1
+    labels[0, 4:8, 4:8] = 2  # one pixel at stride 4, and none that stride 8 and above would read
+    output = run(build(), features, labels)
+    classes = [output.statistics[f"contrast/{name}/classes"].item() for name in CHANNELS]
+    assert classes == [3, 2, 2, 2]
+    assert all(loss.isfinite() and loss > 0 for loss in output.losses.values())
+
+
+# ---- as a module
+
+
+def test_maps_without_a_term_have_no_projector() -> None:
+    contrast = build(scale_weights={**SCALE_WEIGHTS, "res3": 0.0, "res5": 0.0})
+    # res5 still stands in a cross-scale pair.
+    assert set(contrast.projector.heads) == {"res2", "res4", "res5"}
+    features, labels = random_batch()
+    del features["res3"]
+    losses = contrast(features, None, labels).losses
+    assert list(losses) == [
+        "loss_contrast_res2",
+        "loss_contrast_res4",
+        "loss_contrast_res2_res5",
+        "loss_contrast_res2_res4",
+    ]
+    assert all(g.any() for g in gradients(sum(losses.values()), contrast).values())
+    contrast = build(cross_weight=0.0, scale_weights={"res3": 1.0})
+    assert set(contrast.projector.heads) == {"res3"}
+
+
+def test_bf16_autocast() -> None:
+    features, labels = random_batch()
+    contrast = build(num_hidden=2)
+    plain = run(contrast, features, labels).losses
+    reference = gradients(sum(plain.values()), contrast)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = run(contrast, features, labels).losses
+    found = gradients(sum(losses.values()), contrast)
+    for name, loss in losses.items():
+        assert loss.dtype == torch.float32
+        # Only the projector is rounded: by 2^-9, times 1 / temperature.
+        torch.testing.assert_close(loss, plain[name], rtol=0.05, atol=0)
+    for name, gradient in found.items():
+        assert gradient.isfinite().all() and gradient.dtype == torch.float32
+        cosine = torch.cosine_similarity(gradient.flatten(), reference[name].flatten(), dim=0)
+        assert cosine > 0.95, name
+
+
+def test_state_dict_round_trip() -> None:
+    features, labels = random_batch()
+    contrast, other = build(), build()
+    before = run(other, features, labels).losses
+    run(contrast, features, labels)  # moves the running statistics
+    other.load_state_dict(copy.deepcopy(contrast.state_dict()), strict=True)
+    contrast.eval(), other.eval()
+    expected = run(contrast, features, labels).losses
+    assert expected == run(other, features, labels).losses
+    assert expected != before
+
+
+def test_the_generator_fixes_the_step() -> None:
+    features, labels = random_batch()
+    contrast = build()
+    losses = [run(contrast, features, labels, seed).losses for seed in (1, 1, 2)]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+@pytest.mark.parametrize("labels_dtype", [torch.uint8, torch.int32])
+def test_labels_of_any_integer_type(labels_dtype: torch.dtype) -> None:
+    features, labels = random_batch()
+    contrast = build()
+    expected = run(contrast, features, labels).losses
+    assert run(contrast, features, labels.to(labels_dtype)).losses == expected
+
+
+def test_sizes_that_do_not_divide() -> None:
+    features, _ = random_batch(num_images=1, size=96)
+    labels = torch.zeros(1, 90, 67, dtype=torch.long)
+    labels[:, 45:] = 1
+    statistics = run(build(), features, labels).statistics
+    for name in CHANNELS:
+        size = features[name].shape[-1]
+        upper = size * sum(row * 90 // size < 45 for row in range(size))
+        counts = [upper, size * size - upper]
+        # 40 anchors for two classes, and a floor of 10.
+        target = min(max(min(counts), 10), 20)
+        assert statistics[f"contrast/{name}/anchors"] == sum(min(n, target) for n in counts)
+        assert statistics[f"contrast/{name}/classes"] == 2
+
+
+class _HostWaits(TorchFunctionMode):
+    """Records the calls for which a tensor on a device would make the host wait."""
+
+    names = {
+        "__bool__",
+        "__float__",
+        "__index__",
+        "__int__",
+        "as_tensor",
+        "cpu",
+        "item",
+        "masked_select",
+        "new_tensor",
+        "nonzero",
+        "tensor",
+        "tolist",
+        "unique",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        masked = name in ("__getitem__", "__setitem__") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        # A copy from the host waits too, unless it is asked not to.
+        copies = name == "to" and any(isinstance(a, torch.device) for a in args)
+        if name in self.names or masked or (copies and not (kwargs or {}).get("non_blocking")):
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_waits_once_for_the_device() -> None:
+    features, labels = random_batch()
+    contrast = build()
+    with _HostWaits() as waits:
+        output = contrast(features, None, labels)
+        sum(output.losses.values()).backward()
+    assert waits.calls == ["cpu"]  # the pixel counts
+
+
+@pytest.mark.gpu
+def test_a_step_waits_once_for_the_gpu() -> None:
+    features, labels = random_batch()
+    features = {name: f.cuda() for name, f in features.items()}
+    labels, contrast = labels.cuda(), build().cuda()
+
+    def step() -> None:
+        output = contrast(features, None, labels)
+        sum(output.losses.values()).backward()
+
+    step()  # what is set up once may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in caught if "synchronizing CUDA operation" in str(w.message)]) == 1
+
+
+# ---- errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"temperature": 0.0}, "temperature=0.0: must be above 0"),
+        ({"cross_temperature": -1.0}, "cross_temperature=-1.0: must be above 0"),
+        ({"weight": -0.1}, "weight=-0.1: must be 0 or more"),
+        ({"weight": math.nan}, "weight=nan"),
+        ({"cross_weight": -0.1}, "cross_weight=-0.1"),
+        ({"scale_weights": {"res2": -1.0}}, r"scale_weights\['res2'\]=-1.0"),
+        ({"scale_weights": {"res1": 1.0}}, "'res1'.*Did you mean 'res"),
+        ({"scale_weights": {}, "cross_scale": []}, "nothing to contrast"),
+        ({"scale_weights": {"res2": 0.0}, "cross_scale": []}, "nothing to contrast"),
+        ({"weight": 0.0, "cross_weight": 0.0}, "nothing to contrast"),
+        ({"cross_scale": [("res2", "res5")]}, r"\['res2', 'res5'\]: give \(anchor map"),
+        ({"cross_scale": [("res2", "res2", 1.0)]}, "pairs 'res2' with itself"),
+        ({"cross_scale": [("res2", "res5", -1.0)]}, "pair res2-res5=-1.0"),
+        ({"cross_scale": [("res2", "res5", 1.0)] * 2}, r"\(res2, res5\) twice"),
+        (
+            {"cross_scale": [("res2", "res5", 1.0), ("res5", "res2", 1.0)], "symmetric": True},
+            r"\(res5, res2\) twice",
+        ),
+        ({"across_processes": True}, "across_processes=True here and False in the sampler"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**arguments)
