@@ -186,8 +186,8 @@ def plot_curves(
 
     Args:
         runs: {label: {iteration: {name: value}}}, see `evaluation.runs.read_metrics`.
-        smoothing: number of log entries, odd, that the running mean of the losses spans; 1 is
-            off. The values themselves stay visible, faint.
+        smoothing: number of log entries, odd, that the running mean of the losses spans, at most
+            a tenth of all entries; 1 is off. The values themselves stay visible, faint.
 
     Returns:
         A figure with a panel for the segmentation loss, one for the contrastive losses and one
@@ -351,10 +351,12 @@ def _draw_losses(
         for name, series in terms.items():
             color = next(colors) if color_of is None else color_of[label]
             iterations, values = list(series), np.array(list(series.values()))
-            if smoothing > 1:
+            window = min(smoothing, len(values) // 10)
+            if window > 1:
                 axes.plot(iterations, values, color=color, alpha=0.25, linewidth=0.8)
-            smooth = _running_mean(values, smoothing)
-            axes.plot(iterations, smooth, color=color, linewidth=1.6, label=name)
+            axes.plot(
+                iterations, _running_mean(values, window), color=color, linewidth=1.6, label=name
+            )
 
 
 def _draw_miou(

@@ -154,13 +154,18 @@ def test_curves_of_several_runs_share_colours_and_sum_the_contrastive_terms():
 
 
 def test_smoothing_is_a_running_mean_that_nan_does_not_spread_through():
-    values = [4.0, 1.0, 1.0, 1.0, math.nan, 1.0, 1.0, 4.0]
+    values = [4.0, *[1.0] * 12, math.nan, *[1.0] * 15, 4.0]
     metrics = {i: {"loss_sem_seg": v, "total_loss": v} for i, v in enumerate(values)}
     figure = plot_curves({"run": metrics}, smoothing=3)
     smooth = lines(figure.axes[0])["loss_sem_seg"]
-    assert smooth == pytest.approx(
-        [2.5, 2.0, 1.0, math.nan, math.nan, math.nan, 2.0, 2.5], nan_ok=True
-    )
+    expected = [2.5, 2.0, *[1.0] * 10, *[math.nan] * 3, *[1.0] * 13, 2.0, 2.5]
+    assert smooth == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_short_run_is_not_smoothed_away():
+    metrics = {i: {"loss_sem_seg": 10.0 - i, "total_loss": 10.0 - i} for i in range(10)}
+    (axes,) = plot_curves({"run": metrics}).axes
+    assert lines(axes)["loss_sem_seg"] == [10.0 - i for i in range(10)]
 
 
 def test_class_iou_has_a_bar_per_class_and_run():

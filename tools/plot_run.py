@@ -11,8 +11,13 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+import warnings
 from pathlib import Path
 
+# detectron2 0.6 scripts functions at import; its users can do nothing about the warning.
+warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+
+# ruff: noqa: E402
 import numpy as np
 import torch
 from detectron2.config import instantiate

@@ -10,8 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import warnings
 from pathlib import Path
 
+# detectron2 0.6 scripts functions at import; its users can do nothing about the warning.
+warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+
+# ruff: noqa: E402
 import contrast_d2.data  # noqa: F401  (registers the datasets)
 from contrast_d2.evaluation import evaluate_position_prior
 from contrast_d2.evaluation.metrics import finite_scores
