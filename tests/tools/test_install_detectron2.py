@@ -79,7 +79,8 @@ class Environment:
     def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "PYTHON"))}
         # The machine's own pip configuration must not bring an index or a folder back.
-        environ.update(PIP_CONFIG_FILE=os.devnull, OMP_NUM_THREADS="1", **variables)
+        environ.update(PIP_CONFIG_FILE=os.devnull, PIP_NO_COMPILE="1", OMP_NUM_THREADS="1")
+        environ.update(variables)
         return subprocess.run(
             [str(self.python), *command], env=environ, cwd=self.root, capture_output=True, text=True
         )
