@@ -144,6 +144,15 @@ def test_two_orthogonal_classes() -> None:
     assert loss.item() == pytest.approx(0.5514, abs=5e-5)
 
 
+@pytest.mark.parametrize("gap", [-30.0, 0.0, 25.0, 38.0, 700.0])
+def test_large_gaps_are_exact_in_float64(gap: float) -> None:
+    # One pair, whose negative is more similar than its positive by `gap`: ln(1 + e^gap).
+    anchor, contrast = torch.ones(1, 1).double(), torch.tensor([[-gap], [0.0]]).double()
+    loss = info_nce(anchor, torch.tensor([0]), contrast, torch.tensor([0, 1]), temperature=1.0)
+    expected = max(gap, 0.0) + math.log1p(math.exp(-abs(gap)))
+    assert loss.item() == pytest.approx(expected, rel=1e-15)
+
+
 def test_one_class_gives_exactly_zero() -> None:
     embeddings = unit(6, 4, dtype=torch.float32).requires_grad_()
     loss, gradient = with_gradients(
