@@ -53,7 +53,7 @@ class CrossEntropyLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.ignore_label = ignore_label
-        weight = None if class_weights is None else torch.tensor(list(class_weights))
+        weight = None if class_weights is None else torch.tensor([float(w) for w in class_weights])
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -57,6 +57,11 @@ class ContrastiveSegmentor(SemanticSegmentor):
         self.seg_loss = seg_loss
         self.contrast = contrast
         self.ignore_label = ignore_label
+        # detectron2's own ResNet asks for no padding (0), yet a pyramid on its maps needs strides
+        # that are exact, and so do labels at the resolution of a map.
+        self._size_divisibility = backbone.size_divisibility or max(
+            shape.stride for shape in backbone.output_shape().values()
+        )
 
     def forward(self, batched_inputs: List[Dict[str, Any]]):
         """Runs a batch.
@@ -92,7 +97,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
     def _normalise(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
         images = [x["image"].to(self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
-        return ImageList.from_tensors(images, self.backbone.size_divisibility)
+        return ImageList.from_tensors(images, self._size_divisibility)
 
     def _stack_labels(self, batched_inputs: List[Dict[str, Any]]) -> Tensor:
         """(B, H, W) labels, padded as the images are."""
@@ -103,9 +108,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
                     "needs a mapper with is_train=True."
                 )
         labels = [x["sem_seg"].to(self.device) for x in batched_inputs]
-        return ImageList.from_tensors(
-            labels, self.backbone.size_divisibility, self.ignore_label
-        ).tensor
+        return ImageList.from_tensors(labels, self._size_divisibility, self.ignore_label).tensor
 
     @staticmethod
     def _at_output_size(

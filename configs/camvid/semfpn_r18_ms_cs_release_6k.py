@@ -3,8 +3,8 @@
 python train_net.py --config-file configs/camvid/semfpn_r18_ms_cs_release_6k.py
 """
 
-from ..common.contrast.ms_cs import ms_cs_release
+from ..common.contrast.ms_cs import ms_cs_release as _contrast
 from .semfpn_r18_base_6k import dataloader, dataset, lr_multiplier, model, optimizer, train
 
-model.contrast = ms_cs_release
+model.contrast = _contrast
 train.output_dir = "output/camvid/semfpn_r18_ms_cs_release_6k"

@@ -35,7 +35,8 @@ class TimmBackbone(Backbone):
         drop_path_rate: stochastic depth; None for the model's own.
 
     Raises:
-        ValueError: timm has no such model, or the model has no such map or output stride.
+        ValueError: timm has no such model or weights, or the model no such map, output stride or
+            stochastic depth.
     """
 
     def __init__(
@@ -134,20 +135,20 @@ def _all_shapes(name: str, output_stride: Optional[int]) -> Dict[str, ShapeSpec]
 
 
 def _create(name: str, output_stride: Optional[int], *, pretrained: bool, **kwargs: Any):
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1, cutoff=0.0)
-        raise ValueError(
-            f"timm {timm.__version__} has no model {name!r}. Did you mean {near[0]!r}?"
-        )
+    _check_name(name)
     if output_stride is not None:
         kwargs["output_stride"] = output_stride
     options = {"features_only": True, **_family_options(name), **kwargs}
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
     except (AssertionError, TypeError, NotImplementedError) as error:
-        if output_stride is None:
+        asked = [key for key in ("output_stride", "drop_path_rate") if key in kwargs]
+        if not asked:
             raise
-        raise ValueError(f"{name} cannot have output_stride={output_stride}: {error}") from error
+        settings = " and ".join(f"{key}={kwargs[key]}" for key in asked)
+        raise ValueError(
+            f"{name} cannot have {settings} ({_first_line(error)}): leave unset what it lacks."
+        ) from error
     except (OSError, RuntimeError) as error:
         if not pretrained:
             raise
@@ -155,6 +156,21 @@ def _create(name: str, output_stride: Optional[int], *, pretrained: bool, **kwar
             f"the pretrained weights of {name} cannot be loaded ({_first_line(error)}): connect to "
             "the network once to download them, or set model.backbone.pretrained=False."
         ) from error
+
+
+def _check_name(name: str) -> None:
+    """Raises where timm has no model of this name, or no weights with this tag."""
+    if timm.is_model(name):
+        try:
+            timm.get_pretrained_cfg(name)
+            return
+        except RuntimeError:  # the model is known, the tag is not
+            known = timm.list_pretrained(f"{name.partition('.')[0]}.*")
+    else:
+        known = timm.list_models()
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+    hint = f"Did you mean {near[0]!r}?" if near else "Leave its tag out."
+    raise ValueError(f"timm {timm.__version__} has no model {name!r}. {hint}")
 
 
 def _first_line(error: Exception) -> str:

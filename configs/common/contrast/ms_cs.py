@@ -1,5 +1,8 @@
 """Multi- and cross-scale contrast, as the ECCV 2022 paper states it (`ms_cs`) and as its release does
-it (`ms_cs_release`). Budgets are for the images of one process."""
+it (`ms_cs_release`). Budgets are for the images of one process.
+
+Experiment files import them with an underscore: any other name in such a file is a key of its config,
+and would take overrides there that change nothing."""
 
 from contrast_d2.backbones import feature_channels
 from contrast_d2.contrast import BalancedSampler, MultiScaleContrast, MultiScaleProjector
