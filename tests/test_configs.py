@@ -1,0 +1,272 @@
+"""Every experiment file: what it builds, and what it states."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from detectron2.config import LazyConfig, instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from contrast_d2.contrast import MultiScaleContrast
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted(
+    path.relative_to(ROOT)
+    for path in (ROOT / "configs").rglob("*.py")
+    if path.parts[len(ROOT.parts) + 1] != "common"
+)
+METHODS = [path for path in FILES if "_base_" not in path.name]
+# One for each pair of backbone and decoder.
+ARCHITECTURES = [
+    "configs/camvid/semfpn_r18_ms_cs_6k.py",
+    "configs/camvid/fcn_hrnet18_ms_cs_6k.py",
+    "configs/camvid/semfpn_swin_tiny_ms_cs_6k.py",
+]
+
+
+def load(path: Path | str, *overrides: str) -> DictConfig:
+    """An experiment file, without pretrained weights and with data loaded in this process."""
+    cfg = LazyConfig.load(str(ROOT / path))
+    cfg.model.backbone.pretrained = False
+    cfg.dataloader.train.num_workers = cfg.dataloader.test.num_workers = 0
+    return LazyConfig.apply_overrides(cfg, list(overrides))
+
+
+def meta_model(cfg: DictConfig) -> nn.Module:
+    """The model's shapes, without memory for its weights."""
+    with torch.device("meta"):
+        return instantiate(cfg.model)
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """All values of a config by dotted key, interpolations as they are written."""
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node, resolve=False)
+    if isinstance(node, dict) and node:
+        rows = (flat(value, f"{prefix}.{key}" if prefix else key) for key, value in node.items())
+        return dict(itertools.chain.from_iterable(row.items() for row in rows))
+    return {prefix: node}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_name_docstring_and_keys(path: Path) -> None:
+    cfg = load(path)
+    keys = {"train", "model", "dataset", "dataloader", "optimizer", "lr_multiplier"}
+    assert {key for key in cfg if not key.startswith("_")} == keys
+    assert cfg.train.output_dir == f"output/{path.parent.name}/{path.stem}"
+    docstring = ast.get_docstring(ast.parse((ROOT / path).read_text()))
+    assert f"python train_net.py --config-file {path}" in docstring
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_instantiates_on_the_cpu(path: Path) -> None:
+    cfg = load(path)
+    model = instantiate(cfg.model)
+    parameters = dict(model.named_parameters())
+    assert {p.device.type for p in parameters.values()} == {"cpu"}
+    assert isinstance(model.contrast, MultiScaleContrast) == (path in METHODS)
+
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in parameters.values()}
+    assert {group["lr"] for group in optimizer.param_groups} == {cfg.optimizer.lr}
+
+    schedule = instantiate(cfg.lr_multiplier)
+    last = (cfg.train.max_iter - 1) / cfg.train.max_iter
+    power = cfg.lr_multiplier.power
+    assert schedule(last) == pytest.approx((1 / cfg.train.max_iter) ** power)
+    assert schedule(0.5) == pytest.approx(0.5**power)
+
+
+def test_swin_norms_are_not_decayed() -> None:
+    cfg = load("configs/camvid/semfpn_swin_tiny_base_6k.py")
+    model = cfg.optimizer.params.model = meta_model(cfg)
+    decay = {
+        id(p): group["weight_decay"]
+        for group in instantiate(cfg.optimizer).param_groups
+        for p in group["params"]
+    }
+    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    assert len(norms) > 20
+    assert {decay[id(p)] for norm in norms for p in norm.parameters()} == {0.0}
+    assert {decay[id(m.weight)] for m in model.modules() if isinstance(m, nn.Conv2d)} == {0.01}
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_decoder_projector_and_losses_fit(path: Path) -> None:
+    cfg = load(path)
+    model = meta_model(cfg)
+    classes, ignored = cfg.dataset.num_classes, cfg.dataset.ignore_label
+    assert model.sem_seg_head.predictor.weight.shape[0] == classes
+    assert model.ignore_label == model.seg_loss.main.ignore_label == ignored
+    if model.contrast is not None:
+        assert model.contrast.sampler.num_classes == classes
+        channels = {n: s.channels for n, s in model.backbone.output_shape().items()}
+        heads = {n: head[0].weight.shape[1] for n, head in model.contrast.projector.heads.items()}
+        assert heads == channels
+
+
+@pytest.mark.parametrize("path", METHODS, ids=str)
+def test_method_and_baseline_differ_by_one_key(path: Path) -> None:
+    name = path.name.replace("_ms_cs_release_", "_base_").replace("_ms_cs_", "_base_")
+    method, baseline = flat(load(path)), flat(load(path.with_name(name)))
+    different = {
+        key
+        for key in method.keys() | baseline.keys()
+        if method.get(key, "absent") != baseline.get(key, "absent")
+    }
+    assert baseline["model.contrast"] is None
+    assert {k for k in different if not k.startswith("model.contrast")} == {"train.output_dir"}
+    assert any(k.startswith("model.contrast.") for k in different)
+
+
+@pytest.mark.parametrize("path", ARCHITECTURES)
+def test_forward_and_backward(path: str) -> None:
+    model = instantiate(load(path).model).train()
+    batch = [
+        {
+            "image": torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8),
+            "sem_seg": torch.randint(0, 11, (8, 12))
+            .repeat_interleave(8, 0)
+            .repeat_interleave(8, 1),
+        }
+        for _ in range(2)
+    ]
+    losses = model(batch)
+    terms = ["res2", "res3", "res4", "res5", "res2_res5", "res2_res4"]
+    assert set(losses) == {"loss_sem_seg", *(f"loss_contrast_{term}" for term in terms)}
+    assert all(loss.isfinite() and loss > 0 for loss in losses.values())
+    sum(losses.values()).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert not [name for name, grad in gradients.items() if grad is None]
+    assert all(grad.isfinite().all() for grad in gradients.values())
+
+
+def test_every_architecture_is_trained_above() -> None:
+    def architecture(path: Path | str) -> tuple[str, str]:
+        model = load(path).model
+        return model.backbone.name, str(model.sem_seg_head["_target_"])
+
+    assert {architecture(p) for p in FILES} == {architecture(p) for p in ARCHITECTURES}
+
+
+def settings(contrast: MultiScaleContrast) -> dict[str, Any]:
+    """What the presets fix, as built."""
+    sampler, heads = contrast.sampler, contrast.projector.heads
+    layers = next(iter(heads.values()))
+    return {
+        "weights": {term.name: round(term.weight, 9) for term in contrast.terms},
+        "temperatures": {term.temperature for term in contrast.terms},
+        "balance": sampler.balance,
+        "anchors": (sampler.max_anchors, sampler.min_pixels, sampler.max_per_group),
+        "floor": sampler.floor,
+        "layers": [type(layer).__name__ for layer in layers],
+        "bias": [layer.bias is not None for layer in layers if isinstance(layer, nn.Conv2d)],
+        "width": {head[-1].weight.shape[0] for head in heads.values()},
+        "momentum": {m.momentum for m in heads.modules() if isinstance(m, nn.BatchNorm2d)},
+        "flags": (contrast.detach_contrast, contrast.across_processes),
+        "count_empty_anchors": contrast.count_empty_anchors,
+    }
+
+
+SHARED = {
+    "weights": {
+        "res2": 0.1,
+        "res3": 0.07,
+        "res4": 0.04,
+        "res5": 0.01,
+        "res2_res5": 0.1,
+        "res2_res4": 0.1,
+    },
+    "temperatures": {0.1},
+    "width": {256},
+    "flags": (False, False),
+}
+
+
+def test_ms_cs_is_as_in_the_paper() -> None:
+    # Pissas et al., ECCV 2022, sections 3.2 to 3.4 and 4.1.
+    contrast = meta_model(load("configs/camvid/semfpn_r18_ms_cs_6k.py")).contrast
+    hidden = ["Conv2d", "ReLU", "BatchNorm2d"]
+    assert settings(contrast) == {
+        **SHARED,
+        "balance": "class",
+        "anchors": (10_000, 1, None),
+        "floor": 32,  # ours; 0 is the paper's
+        "layers": [*hidden, *hidden, "Conv2d"],
+        "bias": [False, False, True],
+        "momentum": {0.1},
+        "count_empty_anchors": False,
+    }
+
+
+def test_ms_cs_release_is_as_released() -> None:
+    contrast = meta_model(load("configs/camvid/semfpn_r18_ms_cs_release_6k.py")).contrast
+    assert settings(contrast) == {
+        **SHARED,
+        "balance": "image_class",
+        "anchors": (10_000, 5, 2500),
+        "floor": 0,
+        "layers": ["Conv2d", "ReLU", "BatchNorm2d", "Conv2d"],
+        "bias": [False, True],
+        "momentum": {3e-4},
+        "count_empty_anchors": True,
+    }
+
+
+def test_images_are_normalised_as_timms_weights_expect() -> None:
+    model = load("configs/camvid/semfpn_r18_base_6k.py").model
+    weights = timm.get_pretrained_cfg(model.backbone.name)
+    assert list(model.pixel_mean) == pytest.approx([255 * x for x in weights.mean])
+    assert list(model.pixel_std) == pytest.approx([255 * x for x in weights.std])
+
+
+def test_decoder_and_projector_follow_the_backbone() -> None:
+    path = "configs/camvid/semfpn_r18_ms_cs_6k.py"
+    model = meta_model(load(path, "model.backbone.name=resnet50"))
+    widths = {"res2": 256, "res3": 512, "res4": 1024, "res5": 2048}
+    assert {n: s.channels for n, s in model.backbone.output_shape().items()} == widths
+    lateral = {n: model.sem_seg_head.fpn.get_submodule(f"fpn_lateral{n[-1]}") for n in widths}
+    assert {name: conv.in_channels for name, conv in lateral.items()} == widths
+    heads = model.contrast.projector.heads
+    assert {name: head[0].in_channels for name, head in heads.items()} == widths
+
+
+def test_decoder_follows_the_output_stride() -> None:
+    path = "configs/camvid/fcn_hrnet18_ms_cs_6k.py"
+    overrides = ("model.backbone.name=resnet18", "model.backbone.output_stride=8")
+    head = load(path, *overrides).model.sem_seg_head
+    shapes = instantiate(head.input_shape)
+    assert [shape.stride for shape in shapes.values()] == [4, 8, 8, 8]
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "shapes"], ids=str)
+def test_loads_shapes(path: Path) -> None:
+    check_data(path)
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "camvid"], ids=str)
+def test_loads_camvid(path: Path, camvid: Path) -> None:
+    check_data(path)
+
+
+def check_data(path: Path) -> None:
+    cfg = load(path, "dataloader.train.total_batch_size=2")
+    crop = tuple(cfg.dataloader.train.mapper.augmentations.crop_size)
+    batch = next(iter(instantiate(cfg.dataloader.train)))
+    assert [tuple(x["image"].shape) for x in batch] == [(3, *crop)] * 2
+    assert [tuple(x["sem_seg"].shape) for x in batch] == [crop] * 2
+    allowed = {*range(cfg.dataset.num_classes), cfg.dataset.ignore_label}
+    assert {label for x in batch for label in x["sem_seg"].unique().tolist()} <= allowed
+    [sample] = next(iter(instantiate(cfg.dataloader.test)))
+    assert sample["image"].shape[1:] == (sample["height"], sample["width"])
+    assert cfg.dataset.train != cfg.dataset.test
+    instantiate(cfg.dataloader.evaluator).reset()

@@ -1,0 +1,138 @@
+"""Which part of the package may know which, and what no part may do, read off the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "contrast_d2"
+FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
+PROGRAMS = [ROOT / "train_net.py", *sorted((ROOT / "tools").glob("*.py"))]
+CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
+
+# What a part may import of the package besides itself; parts that are not named may import all
+# but the engine. The arrows: config -> segmentor -> {backbones, decoders, contrast, losses}.
+ALLOWED = {
+    "backbones": set(),
+    "contrast": set(),
+    "decoders": {"structures"},
+    "losses": {"structures"},
+    "structures": set(),
+    "solver": set(),
+    "data": set(),
+    "evaluation": {"data"},
+    "segmentor": {"backbones", "contrast", "decoders", "losses", "structures"},
+}
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(file: Path) -> Iterator[str]:
+    """Full names of what a file imports, anywhere in it."""
+    package = module_name(file).split(".")
+    if file.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            # `from package import x` may name a module x.
+            yield from (f"{start}.{alias.name}" for alias in node.names)
+
+
+def part_of(name: str) -> str:
+    """ "contrast" for contrast_d2.contrast.sampling; "" outside the package and for the package."""
+    names = name.split(".")
+    return names[1] if names[0] == PACKAGE and len(names) > 1 else ""
+
+
+def calls(file: Path) -> Iterator[ast.Call]:
+    return (n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Call))
+
+
+def label(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def test_the_parser_sees_all_kinds_of_import(monkeypatch, tmp_path: Path) -> None:
+    file = tmp_path / PACKAGE / "data" / "x.py"
+    file.parent.mkdir(parents=True)
+    file.write_text(
+        "import contrast_d2.engine\nfrom .. import losses\nfrom ..contrast.memory import Bank\n"
+        "from . import labels\ndef f():\n    from contrast_d2.backbones import timm\n"
+    )
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    assert [part_of(name) for name in imports(file)] == [
+        "engine",
+        "losses",
+        "contrast",
+        "data",
+        "backbones",
+    ]
+
+
+@pytest.mark.parametrize("file", FILES, ids=label)
+def test_direction_of_imports(file: Path) -> None:
+    own = part_of(module_name(file))
+    found = {part_of(name) for name in imports(file)} - {"", own}
+    if own in ALLOWED:
+        assert found <= ALLOWED[own]
+    assert "engine" not in found
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in FILES if part_of(module_name(f)) == "contrast"], ids=label
+)
+def test_contrast_needs_torch_only(file: Path) -> None:
+    roots = {name.split(".")[0] for name in imports(file)}
+    assert roots - set(sys.stdlib_module_names) <= {"torch", "numpy", PACKAGE}
+
+
+def test_contrast_is_usable_without_detectron2() -> None:
+    program = (
+        "import sys, contrast_d2.contrast\nprint({name.split('.')[0] for name in sys.modules})"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = ast.literal_eval(result.stdout)
+    assert PACKAGE in loaded
+    assert not loaded & {"detectron2", "fvcore", "timm", "omegaconf", "hydra", "matplotlib"}
+
+
+@pytest.mark.parametrize("file", [*FILES, *PROGRAMS, *CONFIGS], ids=label)
+def test_the_model_zoo_is_never_imported(file: Path) -> None:
+    # It imports pkg_resources, which setuptools no longer has.
+    assert not [name for name in imports(file) if name.startswith("detectron2.model_zoo")]
+
+
+@pytest.mark.parametrize("file", FILES, ids=label)
+def test_calls_that_the_package_never_makes(file: Path) -> None:
+    for call in calls(file):
+        function = call.func
+        where = f"{label(file)}:{call.lineno}"
+        if isinstance(function, ast.Attribute):
+            assert function.attr != "cuda", f"{where}: move with .to(device)"
+        elif isinstance(function, ast.Name):
+            assert function.id not in ("print", "exit", "quit"), f"{where}: log or raise"
+
+
+@pytest.mark.parametrize("file", FILES, ids=label)
+def test_modules_take_no_device(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            arguments = [*node.args.args, *node.args.kwonlyargs]
+            assert "device" not in [a.arg for a in arguments], f"{label(file)}:{node.lineno}"
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, f"{label(file)}:{node.lineno}: name the exception"
