@@ -33,7 +33,7 @@ PREFIX = "shapes://"
 _PATH = re.compile(r"(?P<split>train|val)/(?P<index>\d{5})/(?P<kind>image|label)\.png")
 
 # How often an object takes its class's own colour or texture; otherwise both are arbitrary.
-_OWN_HUE, _OWN_TEXTURE = 0.85, 0.6
+_OWN_HUE, _OWN_TEXTURE = 0.85, 0.8
 _VISIBLE_ENOUGH = 0.4
 
 Mask = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
@@ -108,10 +108,10 @@ _KINDS = (
     _Kind("disc", (230, 25, 75), _disc, 0.85, 2, (11, 21), 0.0, 0.02, 0),
     _Kind("square", (60, 180, 75), _square, 0.65, 2, (10, 19), 0.8, 0.02, 1),
     _Kind("triangle", (255, 225, 25), _triangle, 0.50, 2, (12, 21), 3.1, 0.33, 2),
-    _Kind("ring", (0, 130, 200), _ring, 0.40, 2, (10, 16), 0.0, 0.33, 3),
-    _Kind("cross", (245, 130, 48), _cross, 0.28, 2, (10, 16), 0.8, 0.58, 0),
-    _Kind("pole", (145, 30, 180), _pole, 0.22, 3, (18, 36), 0.3, 0.58, 1),
-    _Kind("star", (70, 240, 240), _star, 0.14, 2, (9, 14), 0.6, 0.83, 2),
+    _Kind("ring", (0, 130, 200), _ring, 0.45, 2, (10, 16), 0.0, 0.33, 3),
+    _Kind("cross", (245, 130, 48), _cross, 0.38, 2, (10, 16), 0.8, 0.58, 0),
+    _Kind("pole", (145, 30, 180), _pole, 0.30, 3, (18, 36), 0.3, 0.58, 1),
+    _Kind("star", (70, 240, 240), _star, 0.20, 2, (9, 14), 0.6, 0.83, 2),
     _Kind("dot", (240, 50, 230), _disc, 0.09, 3, (2.2, 3.2), 0.0, 0.83, 3),
 )
 
