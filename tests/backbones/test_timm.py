@@ -78,6 +78,17 @@ def test_swin_maps_are_timms_own_channels_first_and_normalised() -> None:
         assert ours.is_contiguous()
 
 
+def test_swin_maps_come_channels_first_without_norms_too() -> None:
+    backbone = TimmBackbone(SWIN)
+    images = torch.randn(1, 3, 64, 96)
+    expected = by_timm(SWIN, backbone, images, strict_img_size=False)
+    with torch.no_grad():
+        found = backbone.eval()(images)
+    assert not backbone.norms
+    for ours, theirs in zip(found.values(), expected, strict=True):
+        assert torch.equal(ours, theirs.permute(0, 3, 1, 2))
+
+
 def test_norm_outputs_works_on_maps_that_come_channels_first() -> None:
     plain = TimmBackbone("convnext_atto")
     normed = TimmBackbone("convnext_atto", norm_outputs=True)
