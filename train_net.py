@@ -1,15 +1,21 @@
 #!/usr/bin/env python
 """Trains or evaluates the model of an experiment file.
 
-python train_net.py --config-file configs/camvid/semfpn_r18_ms_cs_6k.py [--num-gpus N] [--resume]
-    [--eval-only] [key=value ...]
+python train_net.py --config-file configs/camvid/semfpn_r18_ms_cs_6k.py
+    [--num-gpus N] [--resume] [--eval-only] [key=value ...]
 """
 
 import sys
+import warnings
 
-from contrast_d2.engine import launch, load_config, main
-from detectron2.engine import default_argument_parser
-from torch.multiprocessing import ProcessExitedException
+# detectron2 0.6 scripts functions at import; its users can do nothing about the warning.
+warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
+
+from detectron2.engine import default_argument_parser  # noqa: E402
+from torch.multiprocessing import ProcessExitedException  # noqa: E402
+
+from contrast_d2.engine import launch, load_config, main  # noqa: E402
 
 
 def run() -> None:

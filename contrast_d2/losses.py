@@ -5,7 +5,7 @@ Shape letters: B images, K classes, H W size of the labels, h w size of the logi
 
 from __future__ import annotations
 
-from typing import Dict, Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from .structures import SegOutput
 
 
 def cross_entropy(
-    logits: Tensor, labels: Tensor, *, ignore_label: int = 255, weight: Optional[Tensor] = None
+    logits: Tensor, labels: Tensor, *, ignore_label: int = 255, weight: Tensor | None = None
 ) -> Tensor:
     """Mean pixel cross entropy over the valid pixels, and 0 where there is none.
 
@@ -49,7 +49,7 @@ class CrossEntropyLoss(nn.Module):
     """
 
     def __init__(
-        self, *, ignore_label: int = 255, class_weights: Optional[Sequence[float]] = None
+        self, *, ignore_label: int = 255, class_weights: Sequence[float] | None = None
     ) -> None:
         super().__init__()
         self.ignore_label = ignore_label
@@ -76,7 +76,7 @@ class SegLoss(nn.Module):
     """
 
     def __init__(
-        self, main: nn.Module, aux: Optional[nn.Module] = None, *, aux_weight: float = 0.4
+        self, main: nn.Module, aux: nn.Module | None = None, *, aux_weight: float = 0.4
     ) -> None:
         super().__init__()
         if not aux_weight >= 0:
@@ -85,7 +85,7 @@ class SegLoss(nn.Module):
         self.aux = main if aux is None else aux
         self.aux_weight = aux_weight
 
-    def forward(self, output: SegOutput, labels: Tensor) -> Dict[str, Tensor]:
+    def forward(self, output: SegOutput, labels: Tensor) -> dict[str, Tensor]:
         """Computes `loss_sem_seg`, and `loss_aux` where the decoder has an auxiliary head.
 
         Args:

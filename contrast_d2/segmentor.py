@@ -5,7 +5,8 @@ Shape letters: B images, K classes, H W the padded size of a batch, h w a featur
 
 from __future__ import annotations
 
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from detectron2.modeling import Backbone, SemanticSegmentor
@@ -25,8 +26,8 @@ _CONTRAST_PREFIX = "contrast."
 class ContrastiveSegmentor(SemanticSegmentor):
     """Semantic segmentation trained with an optional contrast method on its features.
 
-    In evaluation the contrast method and its projectors never run: with the same weights, the output
-    is that of the model built with `contrast=None`, bit for bit.
+    In evaluation the contrast method and its projectors never run: with the same weights, the
+    output is that of the model built with `contrast=None`, bit for bit.
 
     Args:
         backbone: images -> feature maps by name.
@@ -45,7 +46,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
         pixel_mean: Sequence[float],
         pixel_std: Sequence[float],
         seg_loss: SegLoss,
-        contrast: Optional[nn.Module] = None,
+        contrast: nn.Module | None = None,
         ignore_label: int = 255,
     ) -> None:
         super().__init__(
@@ -63,7 +64,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
             shape.stride for shape in backbone.output_shape().values()
         )
 
-    def forward(self, batched_inputs: List[Dict[str, Any]]):
+    def forward(self, batched_inputs: list[dict[str, Any]]):
         """Runs a batch.
 
         Args:
@@ -76,7 +77,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
             (K, height, width) class scores.
 
         Raises:
-            ValueError: an image without labels in training.
+            ValueError: in training, an image without labels, or with labels of another size.
         """
         images = self._normalise(batched_inputs)
         features = self.backbone(images.tensor)
@@ -94,12 +95,12 @@ class ContrastiveSegmentor(SemanticSegmentor):
             _record(contrast.statistics)
         return losses
 
-    def _normalise(self, batched_inputs: List[Dict[str, Any]]) -> ImageList:
+    def _normalise(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         images = [x["image"].to(self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         return ImageList.from_tensors(images, self._size_divisibility)
 
-    def _stack_labels(self, batched_inputs: List[Dict[str, Any]]) -> Tensor:
+    def _stack_labels(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """(B, H, W) labels, padded as the images are."""
         for x in batched_inputs:
             if "sem_seg" not in x:
@@ -107,22 +108,27 @@ class ContrastiveSegmentor(SemanticSegmentor):
                     f"image {x.get('file_name', '')!r} came without 'sem_seg' labels: training "
                     "needs a mapper with is_train=True."
                 )
+            if x["sem_seg"].shape != x["image"].shape[-2:]:
+                raise ValueError(
+                    f"image {x.get('file_name', '')!r} is {tuple(x['image'].shape[-2:])} and its "
+                    f"labels are {tuple(x['sem_seg'].shape)}: the mapper must transform both alike."
+                )
         labels = [x["sem_seg"].to(self.device) for x in batched_inputs]
         return ImageList.from_tensors(labels, self._size_divisibility, self.ignore_label).tensor
 
     @staticmethod
     def _at_output_size(
-        logits: Tensor, images: ImageList, batched_inputs: List[Dict[str, Any]]
-    ) -> List[Dict[str, Tensor]]:
+        logits: Tensor, images: ImageList, batched_inputs: list[dict[str, Any]]
+    ) -> list[dict[str, Tensor]]:
         logits = upsample(logits, images.tensor.shape[-2:])
         results = []
-        for scores, x, size in zip(logits, batched_inputs, images.image_sizes):
+        for scores, x, size in zip(logits, batched_inputs, images.image_sizes, strict=True):
             height, width = x.get("height", size[0]), x.get("width", size[1])
             results.append({"sem_seg": sem_seg_postprocess(scores, size, height, width)})
         return results
 
 
-def inference_state_dict(model: nn.Module) -> Dict[str, Tensor]:
+def inference_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The weights that are left at test time: those of the model without its contrast method.
 
     They load into the model that the same config builds with `model.contrast=None`.
@@ -140,6 +146,6 @@ def _record(statistics: Mapping[str, Tensor]) -> None:
     if statistics:
         # One transfer for all of them.
         values = torch.stack([value.float() for value in statistics.values()]).tolist()
-        for name, value in zip(statistics, values):
+        for name, value in zip(statistics, values, strict=True):
             if value == value:
                 storage.put_scalar(name, value)

@@ -9,7 +9,7 @@ from fvcore.common.param_scheduler import ParamScheduler, PolynomialDecayParamSc
 def poly_schedule(
     *, max_iter: int, power: float = 0.9, warmup_iters: int = 0, warmup_factor: float = 1e-3
 ) -> ParamScheduler:
-    """The multiplier (1 - t / max_iter)^power of the base learning rate, with optional linear warm-up.
+    """The multiplier (1 - t / max_iter)^power of the learning rate, with optional linear warm-up.
 
     Args:
         max_iter: length of the training in iterations.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, NamedTuple, Optional
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -13,10 +13,10 @@ class SegOutput(NamedTuple):
     Attributes:
         logits: (B, K, h, w) class scores.
         aux_logits: (B, K, h', w') class scores of an auxiliary head, or None.
-        features: maps (B, C, h, w) of the decoder, by name, for contrast methods that tap it, next to
-            those of the backbone.
+        features: maps (B, C, h, w) of the decoder, by name, for contrast methods that tap it, next
+            to those of the backbone.
     """
 
     logits: Tensor
-    aux_logits: Optional[Tensor]
-    features: Dict[str, Tensor]
+    aux_logits: Tensor | None
+    features: dict[str, Tensor]

@@ -359,6 +359,13 @@ def test_an_image_without_labels_is_named() -> None:
         build()(batch)
 
 
+def test_labels_of_another_size_than_their_image_are_refused() -> None:
+    x = sample(64, 96)
+    x["sem_seg"] = x["sem_seg"][:, :80]
+    with pytest.raises(ValueError, match=r"is \(64, 96\) and its labels are \(64, 80\)"):
+        build()([x])
+
+
 def test_evaluation_needs_no_labels_and_gives_the_requested_size() -> None:
     model = build().eval()
     scores = model([{"image": sample(61, 83)["image"], "height": 122, "width": 40}])

@@ -1,9 +1,9 @@
 """CamVid, Semantic FPN on ResNet-18, baseline. One GPU.
 
-    python train_net.py --config-file configs/camvid/semfpn_r18_base_6k.py
+python train_net.py --config-file configs/camvid/semfpn_r18_base_6k.py
 
-Batch 16, 360x480 crops, 6k iterations and learning rate 0.02 are the CamVid schedule of Sung et al.,
-CVPR 2024. No paper reports this model on CamVid.
+Batch 16, 360x480 crops, 6k iterations and learning rate 0.02 are the CamVid schedule of Sung et
+al., CVPR 2024. No paper reports this model on CamVid.
 """
 
 from ..common.data.camvid import dataloader, dataset

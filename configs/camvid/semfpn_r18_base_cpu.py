@@ -1,4 +1,4 @@
-"""CamVid on a CPU: Semantic FPN on ResNet-18 from scratch, small crops, baseline. 2 cores, half an hour.
+"""CamVid on a CPU: Semantic FPN on ResNet-18 from scratch, small crops, baseline.
 
 python train_net.py --config-file configs/camvid/semfpn_r18_base_cpu.py
 """

@@ -1,4 +1,4 @@
-"""CamVid on a CPU: Semantic FPN on ResNet-18 from scratch, small crops, multi- and cross-scale contrast.
+"""CamVid on a CPU: as its baseline, with multi- and cross-scale contrast.
 
 python train_net.py --config-file configs/camvid/semfpn_r18_ms_cs_cpu.py
 """

@@ -1,9 +1,10 @@
 """Optimizers, and the polynomial decay of the learning rate."""
 
-from contrast_d2.solver import poly_schedule
 from detectron2.config import LazyCall as L
 from detectron2.solver.build import get_default_optimizer_params
 from torch.optim import SGD, AdamW
+
+from contrast_d2.solver import poly_schedule
 
 sgd = L(SGD)(
     params=L(get_default_optimizer_params)(),  # the model is filled in by the trainer

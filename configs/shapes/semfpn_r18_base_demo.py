@@ -1,4 +1,4 @@
-"""The generated shapes dataset, Semantic FPN on ResNet-18 from scratch, baseline. 2 CPU cores, minutes.
+"""The generated shapes dataset, Semantic FPN on ResNet-18 from scratch, baseline. 2 CPU cores.
 
 python train_net.py --config-file configs/shapes/semfpn_r18_base_demo.py
 """

@@ -6,8 +6,9 @@ Shape letters: B images, C channels, H W the images, h w a feature map.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Dict, Optional, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -44,10 +45,10 @@ class TimmBackbone(Backbone):
         name: str,
         *,
         out_features: Sequence[str] = _DEFAULT_FEATURES,
-        output_stride: Optional[int] = None,
+        output_stride: int | None = None,
         pretrained: bool = False,
         norm_outputs: bool = False,
-        drop_path_rate: Optional[float] = None,
+        drop_path_rate: float | None = None,
     ) -> None:
         super().__init__()
         shapes = feature_shapes(name, out_features=out_features, output_stride=output_stride)
@@ -73,9 +74,9 @@ class TimmBackbone(Backbone):
         """Images are padded to multiples of this, so that all maps have exact strides."""
         return self._size_divisibility
 
-    def forward(self, images: Tensor) -> Dict[str, Tensor]:
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Args: images (B, 3, H, W). Returns maps (B, C, h, w) by name, from fine to coarse."""
-        maps = dict(zip(self._out_features, self.model(images)))
+        maps = dict(zip(self._out_features, self.model(images), strict=True))
         return {name: self._finish(name, x) for name, x in maps.items()}
 
     def _finish(self, name: str, x: Tensor) -> Tensor:
@@ -89,8 +90,8 @@ def feature_shapes(
     name: str,
     *,
     out_features: Sequence[str] = _DEFAULT_FEATURES,
-    output_stride: Optional[int] = None,
-) -> Dict[str, ShapeSpec]:
+    output_stride: int | None = None,
+) -> dict[str, ShapeSpec]:
     """Channels and strides of the maps of `TimmBackbone`, without building its weights.
 
     Configs call it, so that a decoder fits the backbone whatever the backbone's name is set to.
@@ -114,19 +115,19 @@ def feature_channels(
     name: str,
     *,
     out_features: Sequence[str] = _DEFAULT_FEATURES,
-    output_stride: Optional[int] = None,
-) -> Dict[str, int]:
+    output_stride: int | None = None,
+) -> dict[str, int]:
     """Channels of the maps of `TimmBackbone` by name: what projectors need to know of it."""
     shapes = feature_shapes(name, out_features=out_features, output_stride=output_stride)
     return {feature: shape.channels for feature, shape in shapes.items()}
 
 
 @lru_cache(maxsize=64)
-def _all_shapes(name: str, output_stride: Optional[int]) -> Dict[str, ShapeSpec]:
+def _all_shapes(name: str, output_stride: int | None) -> dict[str, ShapeSpec]:
     """All maps of a model, from fine to coarse, the deepest named res5."""
     with torch.device("meta"):
         info = _create(name, output_stride, pretrained=False).feature_info
-    shapes = zip(info.channels(), info.reduction())
+    shapes = zip(info.channels(), info.reduction(), strict=True)
     first = 6 - len(info.channels())
     return {
         f"res{first + i}": ShapeSpec(channels=channels, stride=stride)
@@ -134,7 +135,7 @@ def _all_shapes(name: str, output_stride: Optional[int]) -> Dict[str, ShapeSpec]
     }
 
 
-def _create(name: str, output_stride: Optional[int], *, pretrained: bool, **kwargs: Any):
+def _create(name: str, output_stride: int | None, *, pretrained: bool, **kwargs: Any):
     _check_name(name)
     if output_stride is not None:
         kwargs["output_stride"] = output_stride
@@ -177,7 +178,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _family_options(name: str) -> Dict[str, Any]:
+def _family_options(name: str) -> dict[str, Any]:
     if name.startswith("hrnet"):
         return {"feature_location": ""}  # the branches themselves, not the classification head's
     if name.startswith("swin"):

@@ -5,7 +5,7 @@ Shape letters: A anchors of this process, D embedding width, G anchors of all pr
 
 from __future__ import annotations
 
-from typing import List, NamedTuple, Tuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,9 +48,10 @@ def gather_set(embeddings: Tensor, labels: Tensor) -> GatheredSet:
     padded[: len(labels)] = labels
     all_labels = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(all_labels, padded)
+    all_labels = [part[:count] for part, count in zip(all_labels, counts, strict=True)]
     return GatheredSet(
         _GatherRows.apply(embeddings, counts),
-        torch.cat(_own_first([part[:count] for part, count in zip(all_labels, counts)])),
+        torch.cat(_own_first(all_labels)),
     )
 
 
@@ -61,7 +62,7 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-def _own_first(parts: List[Tensor]) -> List[Tensor]:
+def _own_first(parts: list[Tensor]) -> list[Tensor]:
     rank = dist.get_rank()
     return [parts[rank], *parts[:rank], *parts[rank + 1 :]]
 
@@ -70,17 +71,18 @@ class _GatherRows(Function):
     """all_gather of rows; the backward sums each row's gradient over all processes."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, counts: List[int]) -> Tensor:
+    def forward(ctx, rows: Tensor, counts: list[int]) -> Tensor:
         ctx.counts = counts
         padded = rows.new_zeros(max(counts), rows.shape[1])
         padded[: len(rows)] = rows
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
-        return torch.cat(_own_first([part[:count] for part, count in zip(parts, counts)]))
+        parts = [part[:count] for part, count in zip(parts, counts, strict=True)]
+        return torch.cat(_own_first(parts))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> Tuple[Tensor, None]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         rank, counts = dist.get_rank(), ctx.counts
         # Back from "own rows first" to the order of ranks, in which all processes can add up.
         own, others = grad[: counts[rank]], grad[counts[rank] :]

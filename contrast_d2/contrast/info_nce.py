@@ -1,20 +1,20 @@
 """The supervised InfoNCE loss that all pixel-contrast methods share, exact and in linear memory.
 
-For anchor i with positives P(i) (same class) and negatives N(i) (other classes), s = z.z / temperature:
+For anchor i with positives P(i) (its class) and negatives N(i) (others), s = z.z / temperature:
 
     l(i, j) = -log( e^s_ij / (e^s_ij + sum_{n in N(i)} e^s_in) ) = softplus( n_i - s_ij )
     n_i     = logsumexp_{n in N(i)} s_in
     L       = mean_i mean_{j in P(i)} l(i, j)
 
-Only the one positive stands in each denominator, unlike in SupCon. The softplus form never leaves the
-range of fp32, at any temperature.
+Only the one positive stands in each denominator, unlike in SupCon. The softplus form never leaves
+the range of fp32, at any temperature.
 
 Shape letters: A anchors, C contrast samples, D embedding width, R anchors of one chunk.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ class SimilarityStatistics(NamedTuple):
 def info_nce(
     anchors: Tensor,
     labels: Tensor,
-    contrast: Optional[Tensor] = None,
-    contrast_labels: Optional[Tensor] = None,
+    contrast: Tensor | None = None,
+    contrast_labels: Tensor | None = None,
     *,
     temperature: float = 0.1,
     anchors_lead_contrast: bool = False,
@@ -45,8 +45,8 @@ def info_nce(
 ) -> Tensor:
     """Supervised InfoNCE of anchors against a contrast set.
 
-    Value and gradient are computed in the same pass over blocks of the similarity matrix, so neither
-    an A x C matrix nor a graph over one is ever held. Gradients reach both sets. The result cannot be
+    Value and gradient are computed in one pass over blocks of the similarity matrix, so neither an
+    A x C matrix nor a graph over one is ever held. Gradients reach both sets. The result cannot be
     differentiated twice. Similarities run in fp32 (fp64 for fp64 input), whatever autocast says.
 
     Args:
@@ -57,8 +57,8 @@ def info_nce(
         contrast_labels: (C,) integer classes, required with `contrast`. A sample with a negative
             label, such as an unfilled slot of a memory bank, is neither positive nor negative.
         temperature: divides the similarities; above 0.
-        anchors_lead_contrast: the first A contrast samples are the anchors, in their order: an anchor
-            is then not its own positive.
+        anchors_lead_contrast: the first A contrast samples are the anchors, in their order: an
+            anchor is then not its own positive.
         count_empty_anchors: average over all anchors, of which those without a positive give 0, and
             not only over those with one.
 
@@ -159,7 +159,7 @@ class _InfoNCE(Function):
         return total / num_valid
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             # once_differentiable says so only where `grad` itself needs a gradient: after a plain
             # loss.backward(create_graph=True) it would drop the second derivative in silence.
@@ -178,7 +178,7 @@ class _InfoNCE(Function):
 
 def _block(
     logits_RC: Tensor, positive_RC: Tensor, negative_RC: Tensor, needs_gradient: bool
-) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Sum of the anchors' losses over a block of rows.
 
     Returns:
@@ -208,16 +208,16 @@ def _block(
 def similarity_statistics(
     anchors: Tensor,
     labels: Tensor,
-    contrast: Optional[Tensor] = None,
-    contrast_labels: Optional[Tensor] = None,
+    contrast: Tensor | None = None,
+    contrast_labels: Tensor | None = None,
     *,
     num_classes: int,
 ) -> SimilarityStatistics:
     """Mean similarity of positive and of negative pairs, from sums over classes: O((A + C) D).
 
     Args:
-        anchors, labels, contrast, contrast_labels: as in `info_nce`; without a contrast set an anchor
-            is not paired with itself.
+        anchors, labels, contrast, contrast_labels: as in `info_nce`; without a contrast set an
+            anchor is not paired with itself.
         num_classes: labels are below it.
     """
     sums, counts = _class_sums(anchors, labels, num_classes)
@@ -241,7 +241,7 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
     return torch.where(count > 0, total / count, torch.nan)
 
 
-def _class_sums(embeddings: Tensor, labels: Tensor, num_classes: int) -> Tuple[Tensor, Tensor]:
+def _class_sums(embeddings: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Sum (K, D) and number (K,) of the embeddings of each class; negative labels do not count."""
     slot = torch.where(labels >= 0, labels, num_classes).long()
     sums = embeddings.new_zeros(num_classes + 1, embeddings.shape[1]).index_add_(

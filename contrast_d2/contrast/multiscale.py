@@ -6,7 +6,8 @@ A anchors of one scale, D embedding width.
 
 from __future__ import annotations
 
-from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class _Term(NamedTuple):
 
     name: str
     anchors: str
-    contrast: Optional[str]
+    contrast: str | None
     weight: float
     temperature: float
 
@@ -53,8 +54,8 @@ class MultiScaleContrast(nn.Module):
     predictions play no part.
 
     Budgets and means are those of one process, as in the release, unless `across_processes` is set
-    here and in the sampler: then the anchors of all processes are contrasted with each other, and loss
-    and gradients are those of one process with the global batch.
+    here and in the sampler: then the anchors of all processes are contrasted with each other, and
+    loss and gradients are those of one process with the global batch.
 
     Args:
         projector: heads for the feature maps; those of maps that no term uses are dropped.
@@ -87,11 +88,11 @@ class MultiScaleContrast(nn.Module):
         sampler: BalancedSampler,
         *,
         scale_weights: Mapping[str, float],
-        cross_scale: Sequence[Tuple[str, str, float]] = (),
+        cross_scale: Sequence[tuple[str, str, float]] = (),
         weight: float = 0.1,
         cross_weight: float = 0.1,
         temperature: float = 0.1,
-        cross_temperature: Optional[float] = None,
+        cross_temperature: float | None = None,
         symmetric: bool = False,
         detach_contrast: bool = False,
         count_empty_anchors: bool = False,
@@ -128,9 +129,9 @@ class MultiScaleContrast(nn.Module):
     def forward(
         self,
         features: Mapping[str, Tensor],
-        logits: Optional[Tensor],
+        logits: Tensor | None,
         labels: Tensor,
-        generator: Optional[torch.Generator] = None,
+        generator: torch.Generator | None = None,
     ) -> ContrastOutput:
         """Computes the contrast terms of one step.
 
@@ -138,12 +139,12 @@ class MultiScaleContrast(nn.Module):
             features: feature maps (B, C, h, w) by name.
             logits: not used: this method draws by labels alone. It stands in the call that all
                 contrast methods share.
-            labels: (B, H, W) integer classes at full resolution; values outside 0..K-1 are ignored.
+            labels: (B, H, W) integer classes at full resolution; others than 0..K-1 are ignored.
             generator: source of the random draw, on the labels' device.
 
         Returns:
-            Losses `loss_contrast_<s>` and `loss_contrast_<s>_<s'>`; statistics `anchors`, `classes`,
-            `positive_similarity` and `negative_similarity` of each term.
+            Losses `loss_contrast_<s>` and `loss_contrast_<s>_<s'>`; the statistics `anchors`,
+            `classes`, `positive_similarity` and `negative_similarity` of each term.
         """
         embeddings = self.projector(features)
         anchors = self._draw(embeddings, labels, generator)
@@ -153,8 +154,8 @@ class MultiScaleContrast(nn.Module):
                 name: Anchors(*gather_set(a.embeddings, a.labels), a.num_classes)
                 for name, a in anchors.items()
             }
-        losses: Dict[str, Tensor] = {}
-        statistics: Dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
+        statistics: dict[str, Tensor] = {}
         for term in self.terms:
             source = anchors[term.anchors]
             target = contrast_sets[term.contrast or term.anchors]
@@ -168,8 +169,8 @@ class MultiScaleContrast(nn.Module):
         self,
         embeddings: Mapping[str, Tensor],
         labels: Tensor,
-        generator: Optional[torch.Generator],
-    ) -> Dict[str, Anchors]:
+        generator: torch.Generator | None,
+    ) -> dict[str, Anchors]:
         """Draws the anchors of every scale."""
         label_maps = [downsample_labels(labels, z.shape[-2:]) for z in embeddings.values()]
         draws = self.sampler(label_maps, generator)
@@ -179,7 +180,7 @@ class MultiScaleContrast(nn.Module):
                 draw.labels,
                 draw.num_classes,
             )
-            for name, draw in zip(embeddings, draws)
+            for name, draw in zip(embeddings, draws, strict=True)
         }
 
     def _term_loss(self, term: _Term, source: Anchors, target: Anchors) -> Tensor:
@@ -212,7 +213,7 @@ class MultiScaleContrast(nn.Module):
         needed = 2 if term.contrast is None else 1
         return (population[source.labels] >= needed).sum().to(target.embeddings.dtype)
 
-    def _statistics(self, term: _Term, source: Anchors, target: Anchors) -> Dict[str, Tensor]:
+    def _statistics(self, term: _Term, source: Anchors, target: Anchors) -> dict[str, Tensor]:
         within = term.contrast is None and target is source
         positive, negative = similarity_statistics(
             source.embeddings,
@@ -232,7 +233,7 @@ class MultiScaleContrast(nn.Module):
 
 def _within_terms(
     scale_weights: Mapping[str, float], weight: float, temperature: float
-) -> List[_Term]:
+) -> list[_Term]:
     terms = [
         _Term(name, name, None, weight * _non_negative(f"scale_weights[{name!r}]", w), temperature)
         for name, w in scale_weights.items()
@@ -242,13 +243,13 @@ def _within_terms(
 
 
 def _cross_terms(
-    cross_scale: Sequence[Tuple[str, str, float]],
+    cross_scale: Sequence[tuple[str, str, float]],
     cross_weight: float,
     temperature: float,
     symmetric: bool,
-) -> List[_Term]:
+) -> list[_Term]:
     _non_negative("cross_weight", cross_weight)
-    terms: List[_Term] = []
+    terms: list[_Term] = []
     for row in cross_scale:
         source, target, pair_weight = _cross_row(row)
         directions = [(source, target), (target, source)] if symmetric else [(source, target)]
@@ -262,7 +263,7 @@ def _cross_terms(
     return terms
 
 
-def _cross_row(row: Sequence[Union[str, float]]) -> Tuple[str, str, float]:
+def _cross_row(row: Sequence[str | float]) -> tuple[str, str, float]:
     if len(row) != 3:
         raise ValueError(f"cross_scale row {list(row)}: give (anchor map, contrast map, weight).")
     source, target, weight = str(row[0]), str(row[1]), float(row[2])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Dict, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -11,10 +11,10 @@ class ContrastOutput(NamedTuple):
     """Result of a contrast method's forward.
 
     Attributes:
-        losses: 0-dim fp32 tensors by name, `loss_contrast_<term>`, weights included: their sum joins
-            the segmentation loss.
+        losses: 0-dim fp32 tensors by name, `loss_contrast_<term>`, weights included: their sum
+            joins the segmentation loss.
         statistics: 0-dim detached tensors by name, `contrast/<term>/<quantity>`, for logging only.
     """
 
-    losses: Dict[str, Tensor]
-    statistics: Dict[str, Tensor]
+    losses: dict[str, Tensor]
+    statistics: dict[str, Tensor]

@@ -6,14 +6,14 @@ Shape letters: B images, C feature channels, D embedding width, h w the size of 
 from __future__ import annotations
 
 import difflib
-from typing import Dict, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
 
 class Projector(nn.Sequential):
-    """Maps one feature map to embeddings: hidden blocks of 1x1 conv-ReLU-BN, then a linear 1x1 conv.
+    """Maps a feature map to embeddings: hidden blocks of 1x1 conv-ReLU-BN, then a linear 1x1 conv.
 
     Args:
         in_channels: C, channels of the feature map.
@@ -99,7 +99,7 @@ class MultiScaleProjector(nn.Module):
         for name in [name for name in self.heads if name not in names]:
             del self.heads[name]
 
-    def forward(self, features: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Projects the maps that have a head.
 
         Args:
@@ -129,7 +129,7 @@ def gather_embeddings(embeddings: Tensor, image: Tensor, pixel: Tensor) -> Tenso
         pixel: (A,) int64, row-major index in 0..h*w-1 of each drawn pixel.
 
     Returns:
-        (A, D) unit vectors, fp32 (fp64 for fp64 input). With A = 0 it is still connected to the graph.
+        (A, D) unit vectors, fp32 (fp64 for fp64 input), connected to the graph even where A = 0.
     """
     drawn = embeddings.flatten(2)[image, :, pixel]
     dtype = torch.float64 if drawn.dtype == torch.float64 else torch.float32

@@ -9,7 +9,8 @@ once, to learn how many pixels each class has in each image. No loop runs over i
 
 from __future__ import annotations
 
-from typing import List, Literal, NamedTuple, Optional, Sequence, Tuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class PixelDraw(NamedTuple):
     num_classes: int
 
 
-def downsample_labels(labels: Tensor, size: Tuple[int, int]) -> Tensor:
+def downsample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     """Nearest-neighbour down-sampling of a label map to the size of a feature map.
 
     Output pixel i reads input pixel floor(i * H / h), in exact integer arithmetic: a label is never
@@ -96,7 +97,7 @@ class BalancedSampler:
         balance: Balance = "class",
         max_anchors: int = 10_000,
         min_pixels: int = 1,
-        max_per_group: Optional[int] = None,
+        max_per_group: int | None = None,
         floor: int = 0,
         across_processes: bool = False,
     ) -> None:
@@ -127,8 +128,8 @@ class BalancedSampler:
 
     @torch.no_grad()
     def __call__(
-        self, label_maps: Sequence[Tensor], generator: Optional[torch.Generator] = None
-    ) -> List[PixelDraw]:
+        self, label_maps: Sequence[Tensor], generator: torch.Generator | None = None
+    ) -> list[PixelDraw]:
         """Draws anchors at every scale.
 
         Args:
@@ -166,7 +167,7 @@ class BalancedSampler:
             first_anchor += num_anchors
         return draws
 
-    def _group_pixels(self, label_maps: Sequence[Tensor]) -> Tuple[Tensor, Tensor]:
+    def _group_pixels(self, label_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Numbers the group (scale, class, image) of every pixel of the step, and counts them.
 
         Returns:
@@ -192,7 +193,7 @@ class BalancedSampler:
         """How many pixels to draw from each group of this process: (S, K, B) -> (S, K, B)."""
         if not (self.across_processes and dist.is_available() and dist.is_initialized()):
             return self._balance(counts)
-        gathered: List[np.ndarray] = [counts] * dist.get_world_size()
+        gathered: list[np.ndarray] = [counts] * dist.get_world_size()
         dist.all_gather_object(gathered, counts)
         quotas = self._balance(np.concatenate(gathered, axis=2))
         first = sum(part.shape[2] for part in gathered[: dist.get_rank()])

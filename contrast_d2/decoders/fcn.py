@@ -5,7 +5,7 @@ Shape letters: B images, C channels, K classes, h w the finest feature map.
 
 from __future__ import annotations
 
-from typing import Mapping, Optional
+from collections.abc import Mapping
 
 import torch
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
@@ -21,8 +21,8 @@ class FCNDecoder(nn.Module):
     Args:
         input_shape: channels and strides of the maps to use.
         num_classes: K.
-        hidden_channels: width between the two convolutions; None for that of the joined map, as in the
-            paper.
+        hidden_channels: width between the two convolutions; None for that of the joined map, as in
+            the paper.
         norm: norm of the first convolution.
         dropout: rate of channel dropout before the last convolution.
 
@@ -35,7 +35,7 @@ class FCNDecoder(nn.Module):
         input_shape: Mapping[str, ShapeSpec],
         *,
         num_classes: int,
-        hidden_channels: Optional[int] = None,
+        hidden_channels: int | None = None,
         norm: str = "BN",
         dropout: float = 0.0,
     ) -> None:

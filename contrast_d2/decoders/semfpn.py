@@ -5,7 +5,8 @@ Shape letters: B images, C channels, K classes, h w the finest feature map.
 
 from __future__ import annotations
 
-from typing import Dict, Mapping, Optional
+from collections.abc import Mapping
+from itertools import pairwise
 
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import FPN, Backbone
@@ -24,8 +25,8 @@ class SemSegFPNDecoder(SemSegFPNHead):
     Args:
         input_shape: channels and strides of the maps to use.
         num_classes: K.
-        fpn_channels: width of the pyramid built over the maps; None where they are a pyramid already,
-            as with detectron2's `FPN` for a backbone.
+        fpn_channels: width of the pyramid built over the maps; None where they are a pyramid
+            already, as with detectron2's `FPN` for a backbone.
         fpn_norm: norm of the pyramid's convolutions, "" for none.
         conv_dims: width of the head.
         norm: norm of the head's convolutions.
@@ -39,7 +40,7 @@ class SemSegFPNDecoder(SemSegFPNHead):
         input_shape: Mapping[str, ShapeSpec],
         *,
         num_classes: int,
-        fpn_channels: Optional[int] = 256,
+        fpn_channels: int | None = 256,
         fpn_norm: str = "",
         conv_dims: int = 128,
         norm: str = "GN",
@@ -69,21 +70,21 @@ class SemSegFPNDecoder(SemSegFPNHead):
 class _GivenFeatures(Backbone):
     """Stands where `FPN` expects a backbone, and hands it maps that are computed already."""
 
-    def __init__(self, shapes: Dict[str, ShapeSpec]) -> None:
+    def __init__(self, shapes: dict[str, ShapeSpec]) -> None:
         super().__init__()
         self._shapes = shapes
 
     def forward(self, features: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return features
 
-    def output_shape(self) -> Dict[str, ShapeSpec]:
+    def output_shape(self) -> dict[str, ShapeSpec]:
         return self._shapes
 
 
 def _check_strides(shapes: Mapping[str, ShapeSpec]) -> None:
-    strides = [shape.stride for shape in shapes.values()]
-    if not strides or any(b != 2 * a for a, b in zip(strides, strides[1:])):
+    strides = {name: shape.stride for name, shape in shapes.items()}
+    if not strides or any(b != 2 * a for a, b in pairwise(strides.values())):
         raise ValueError(
-            f"a feature pyramid needs maps whose strides double, got {dict(zip(shapes, strides))}: "
-            "leave the backbone's output_stride unset, or choose another decoder."
+            f"a feature pyramid needs maps whose strides double, got {strides}: leave the "
+            "backbone's output_stride unset, or choose another decoder."
         )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import IO, Any, Callable
+from collections.abc import Callable
+from typing import IO, Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
 
 class Checkpointer(DetectionCheckpointer):
-    """detectron2's checkpointer, which a kill at any moment leaves with a checkpoint to resume from.
+    """detectron2's checkpointer; a kill at any moment leaves it a checkpoint to resume from.
 
     Files are written under a temporary name, flushed to disk and renamed; `last_checkpoint` names a
     file only once that is complete.

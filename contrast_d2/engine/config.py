@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
-from typing import Any, Iterator, List, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from detectron2.config import LazyConfig
 from detectron2.utils.registry import locate
@@ -19,9 +20,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """Reads a LazyConfig file.
 
     Args:
-        path: of a `.py` file, or of a `.yaml` that a run has saved. It is code: it is executed.
-        overrides: "key=value", in hydra's grammar; None and null both mean None. A key is one of the
-            config, or an argument with a default of the callable that the config names there.
+        path: of a `.py` file, or of a `.yaml` that a run has saved. Either can run code.
+        overrides: "key=value", in hydra's grammar; None and null both mean None. A key is one of
+            the config, or an argument with a default of the callable that the config names there.
 
     Raises:
         ValueError: no such file, a malformed override or an unknown key.
@@ -36,7 +37,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     return cfg
 
 
-def _parse(overrides: Sequence[str]) -> List[Override]:
+def _parse(overrides: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for text in overrides:
@@ -107,7 +108,7 @@ def _keys(node: Any, prefix: str = "") -> Iterator[str]:
             yield from _keys(OmegaConf.select(node, name), f"{prefix}{name}.")
 
 
-def _arguments(node: DictConfig) -> List[str]:
+def _arguments(node: DictConfig) -> list[str]:
     """Names of the arguments of the callable that a config describes."""
     if "_target_" not in node:
         return []

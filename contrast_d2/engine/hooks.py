@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from typing import Any, Dict, Optional
+from typing import Any
 
 from detectron2.engine import HookBase
 from detectron2.utils import comm
@@ -18,8 +18,8 @@ class BestCheckpointer(HookBase):
     """Keeps the weights of the best evaluation in `model_best.pth`.
 
     Runs after the hook that evaluates and before the one that writes periodic checkpoints. Unlike
-    detectron2's it remembers the best value over `--resume`, and does not make the best checkpoint the
-    one that `--resume` starts from.
+    detectron2's it remembers the best value over `--resume`, and does not make the best checkpoint
+    the one that `--resume` starts from.
 
     Args:
         checkpointer: writes the file.
@@ -31,7 +31,7 @@ class BestCheckpointer(HookBase):
         self._checkpointer = checkpointer
         self._metric = metric
         self._period = period
-        self.best: Optional[float] = None
+        self.best: float | None = None
 
     def after_step(self) -> None:
         done = self.trainer.iter + 1
@@ -56,8 +56,8 @@ class BestCheckpointer(HookBase):
             logger.info("Best %s so far: %.4f", self._metric, value)
             self._checkpointer.save("model_best", is_last=False, iteration=iteration)
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Callable, Tuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,10 +23,10 @@ def launch(
     num_machines: int = 1,
     machine_rank: int = 0,
     dist_url: str = "auto",
-    args: Tuple[Any, ...] = (),
+    args: tuple[Any, ...] = (),
 ) -> None:
-    """Runs `main(*args)` in every process of a job: detectron2's launch where there are GPUs, and the
-    same over gloo where there are none.
+    """Runs `main(*args)` in every process of a job: detectron2's launch where there are GPUs, and
+    the same over gloo where there are none.
 
     Args:
         main: an importable function.
@@ -83,7 +84,7 @@ def _cpu_worker(
     num_machines: int,
     machine_rank: int,
     dist_url: str,
-    args: Tuple[Any, ...],
+    args: tuple[Any, ...],
 ) -> None:
     # Without a share of the cores each, the processes wait for one another's threads.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
@@ -103,7 +104,7 @@ def _cpu_worker(
 
 
 def _create_local_group(num_processes: int, num_machines: int, machine_rank: int) -> None:
-    """Tells detectron2 which processes share a machine; its v0.6 does so inside its own launch only."""
+    """Tells detectron2 which processes share a machine; v0.6 does so in its own launch only."""
     if hasattr(comm, "create_local_process_group"):
         comm.create_local_process_group(num_processes)
         return

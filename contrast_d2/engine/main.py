@@ -7,7 +7,8 @@ import glob
 import logging
 import os
 import re
-from typing import Any, Dict, Iterable, List
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from detectron2.config import LazyConfig, instantiate
@@ -92,7 +93,7 @@ def build_model(cfg: DictConfig) -> nn.Module:
     return model
 
 
-def train(cfg: DictConfig, *, resume: bool) -> Dict[str, Any]:
+def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     """Trains, evaluates, and leaves checkpoints and metrics in `cfg.train.output_dir`.
 
     Args:
@@ -122,9 +123,9 @@ def train(cfg: DictConfig, *, resume: bool) -> Dict[str, Any]:
     is_main = comm.is_main_process()
     if is_main:
         _tidy(options.output_dir, resumed)
-    results: Dict[str, Any] = {}
+    results: dict[str, Any] = {}
 
-    def evaluate_now() -> Dict[str, Any]:
+    def evaluate_now() -> dict[str, Any]:
         results.update(evaluate(cfg, model))
         return results
 
@@ -166,7 +167,7 @@ def build_train_batches(cfg: DictConfig, start_iteration: int) -> Iterable[Batch
     return instantiate(cfg.dataloader.train)
 
 
-def evaluate(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
+def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     """Evaluates on the config's test set, all processes together.
 
     Returns:
@@ -181,7 +182,7 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> Dict[str, Any]:
     return results or {}
 
 
-def evaluate_checkpoint(cfg: DictConfig) -> Dict[str, Any]:
+def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     """Evaluates the weights of `train.init_checkpoint`, or else the run's own final ones.
 
     Raises:
@@ -209,7 +210,7 @@ def _tidy(output_dir: str, resumed: bool) -> None:
         logger.warning("%s is of an earlier run and now ends in .old", metrics)
 
 
-def _checkpoints_until(iteration: int, output_dir: str) -> List[str]:
+def _checkpoints_until(iteration: int, output_dir: str) -> list[str]:
     """The run's periodic checkpoints, oldest first: `checkpoints_to_keep` counts them on a resume.
 
     Later ones, which a kill can leave before they are named as the last, will be written again.

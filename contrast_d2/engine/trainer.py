@@ -1,10 +1,11 @@
-"""The training loop: mixed precision, accumulation, clipping, and a stop on a loss that is not finite."""
+"""The training loop: mixed precision, accumulation, clipping, a stop on non-finite losses."""
 
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
-from typing import Any, Callable, ContextManager, Dict, Iterable, List, Literal, Optional
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Batch = List[Dict[str, Any]]
+Batch = list[dict[str, Any]]
 
 _AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,8 +29,8 @@ class Trainer(TrainerBase):
     """Trains a model whose forward returns a dict of losses, which are summed.
 
     A step depends on nothing but the weights, the state of the optimizer and the number of the
-    iteration: random numbers are seeded anew from (seed, iteration, rank) at each step, and the data
-    are asked for from the iteration on. That is what makes a resumed run continue exactly.
+    iteration: random numbers are seeded anew from (seed, iteration, rank) at each step, and the
+    data are asked for from the iteration on. That is what makes a resumed run continue exactly.
 
     Args:
         model: batch -> losses by name; may be wrapped in DistributedDataParallel.
@@ -54,7 +55,7 @@ class Trainer(TrainerBase):
         seed: int,
         precision: Precision = "fp32",
         accumulation_steps: int = 1,
-        clip_norm: Optional[float] = None,
+        clip_norm: float | None = None,
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -90,8 +91,8 @@ class Trainer(TrainerBase):
             raise RuntimeError("the model was left in eval mode by a hook: call model.train().")
         torch.manual_seed(_step_seed(self.seed, self.iter, comm.get_rank()))
         self.optimizer.zero_grad(set_to_none=True)
-        batches: List[Batch] = []
-        losses: List[Dict[str, Tensor]] = []
+        batches: list[Batch] = []
+        losses: list[dict[str, Tensor]] = []
         data_seconds = 0.0
         for step in range(self.accumulation_steps):
             start = time.perf_counter()
@@ -109,17 +110,17 @@ class Trainer(TrainerBase):
         self._scaler.update()
         self.storage.put_scalars(data_time=data_seconds, **metrics)
 
-    def _forward(self, batch: Batch) -> Dict[str, Tensor]:
+    def _forward(self, batch: Batch) -> dict[str, Tensor]:
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None):
             return self.model(batch)
 
-    def _without_sync(self, last: bool) -> ContextManager[None]:
+    def _without_sync(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are summed over the processes once per step, with the last batch."""
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return nullcontext()
 
-    def _clip(self) -> Optional[Tensor]:
+    def _clip(self) -> Tensor | None:
         """Clips the gradient; its norm before that, or None without clipping."""
         if self.clip_norm is None:
             return None
@@ -127,8 +128,8 @@ class Trainer(TrainerBase):
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
 
     def _check_finite(
-        self, batches: List[Batch], losses: List[Dict[str, Tensor]], norm: Optional[Tensor]
-    ) -> Dict[str, float]:
+        self, batches: list[Batch], losses: list[dict[str, Tensor]], norm: Tensor | None
+    ) -> dict[str, float]:
         """Brings the losses to the host, in one transfer, before the optimizer may use them.
 
         Returns:
@@ -149,7 +150,7 @@ class Trainer(TrainerBase):
         mean_host = values[local.numel() : local.numel() + len(names)]
         if not np.isfinite(mean_host).all():
             raise NonFiniteLossError(self._report(batches, names, by_batch))
-        metrics = dict(zip(names, mean_host.tolist()))
+        metrics = dict(zip(names, mean_host.tolist(), strict=True))
         metrics["total_loss"] = float(mean_host.sum())
         if norm is not None:
             metrics["grad_norm"] = float(values[-1])
@@ -161,7 +162,7 @@ class Trainer(TrainerBase):
                 )
         return metrics
 
-    def _report(self, batches: List[Batch], names: List[str], by_batch: np.ndarray) -> str:
+    def _report(self, batches: list[Batch], names: list[str], by_batch: np.ndarray) -> str:
         """Says which loss terms went wrong, and on which images."""
         bad = ~np.isfinite(by_batch)
         if not bad.any():
@@ -189,7 +190,7 @@ class Trainer(TrainerBase):
             ]
         )
 
-    def state_dict(self) -> Dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """State beyond the weights: iteration, hooks, optimizer, loss scaler, seed."""
         return {
             **super().state_dict(),
@@ -198,7 +199,7 @@ class Trainer(TrainerBase):
             "seed": self.seed,
         }
 
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up the state of another run.
 
         Raises:
@@ -219,6 +220,6 @@ def _step_seed(seed: int, iteration: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0])
 
 
-def _image_names(batches: List[Batch]) -> str:
+def _image_names(batches: list[Batch]) -> str:
     names = [str(image.get("file_name", "?")) for batch in batches for image in batch]
     return ", ".join(names)

@@ -1,12 +1,13 @@
-"""Multi- and cross-scale contrast, as the ECCV 2022 paper states it (`ms_cs`) and as its release does
-it (`ms_cs_release`). Budgets are for the images of one process.
+"""Multi- and cross-scale contrast, as the ECCV 2022 paper states it (`ms_cs`) and as its release
+does it (`ms_cs_release`). Budgets are for the images of one process.
 
-Experiment files import them with an underscore: any other name in such a file is a key of its config,
-and would take overrides there that change nothing."""
+Experiment files import them with an underscore: any other name in such a file is a key of its
+config, and would take overrides there that change nothing."""
+
+from detectron2.config import LazyCall as L
 
 from contrast_d2.backbones import feature_channels
 from contrast_d2.contrast import BalancedSampler, MultiScaleContrast, MultiScaleProjector
-from detectron2.config import LazyCall as L
 
 ms_cs = L(MultiScaleContrast)(
     projector=L(MultiScaleProjector)(

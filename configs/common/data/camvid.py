@@ -1,11 +1,16 @@
 """CamVid, 11 classes, 480x360: 367 training, 101 validation and 233 test images."""
 
-import contrast_d2.data
-from contrast_d2.data import SemSegMapper, build_test_loader, build_train_loader
-from contrast_d2.data import train_augmentations
-from contrast_d2.evaluation import SemSegEvaluator
 from detectron2.config import LazyCall as L
 from detectron2.data import MetadataCatalog
+
+import contrast_d2.data
+from contrast_d2.data import (
+    SemSegMapper,
+    build_test_loader,
+    build_train_loader,
+    train_augmentations,
+)
+from contrast_d2.evaluation import SemSegEvaluator
 
 _metadata = MetadataCatalog.get("camvid_sem_seg_train")
 

@@ -1,11 +1,16 @@
 """The generated shapes dataset: small scenes with a long-tailed class distribution."""
 
-import contrast_d2.data
-from contrast_d2.data import SemSegMapper, build_test_loader, build_train_loader
-from contrast_d2.data import train_augmentations
-from contrast_d2.evaluation import SemSegEvaluator
 from detectron2.config import LazyCall as L
 from detectron2.data import MetadataCatalog
+
+import contrast_d2.data
+from contrast_d2.data import (
+    SemSegMapper,
+    build_test_loader,
+    build_train_loader,
+    train_augmentations,
+)
+from contrast_d2.evaluation import SemSegEvaluator
 
 _metadata = MetadataCatalog.get("shapes_sem_seg_train")
 

@@ -1,7 +1,8 @@
-"""HRNetV2: timm's HRNet branches and the fully convolutional head; the baseline, without contrast."""
+"""HRNetV2: timm's HRNet and the fully convolutional head; the baseline, without contrast."""
+
+from detectron2.config import LazyCall as L
 
 from contrast_d2.decoders import FCNDecoder
-from detectron2.config import LazyCall as L
 
 from .semfpn import model
 

@@ -1,10 +1,11 @@
 """Semantic FPN on a timm backbone; the baseline, without contrast."""
 
+from detectron2.config import LazyCall as L
+
 from contrast_d2.backbones import TimmBackbone, feature_shapes
 from contrast_d2.decoders import SemSegFPNDecoder
 from contrast_d2.losses import CrossEntropyLoss, SegLoss
 from contrast_d2.segmentor import ContrastiveSegmentor
-from detectron2.config import LazyCall as L
 
 model = L(ContrastiveSegmentor)(
     backbone=L(TimmBackbone)(name="resnet18", output_stride=None, pretrained=True),

@@ -1,0 +1,220 @@
+"""The main job as a user runs it: real processes, on the generated shapes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+CONFIG = "configs/shapes/semfpn_r18_ms_cs_demo.py"
+# Small enough to take seconds, with all parts of the real job in it.
+SMALL = [
+    "model.sem_seg_head.fpn_channels=16",
+    "model.sem_seg_head.conv_dims=32",
+    "model.contrast.projector.embed_dim=16",
+    "dataloader.train.mapper.augmentations.crop_size=[64,64]",
+    "dataloader.train.total_batch_size=4",
+    "dataloader.test.num_workers=0",
+    "train.accumulation_steps=2",
+    "train.clip_norm=5.0",
+    "train.max_iter=8",
+    "train.checkpoint_period=2",
+    "train.eval_period=4",
+    "train.log_period=1",
+]
+
+
+def run(*arguments: str, script: str = "train_net.py") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, script, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def train(output_dir: Path, *extra: str, flags: tuple[str, ...] = ()) -> None:
+    arguments = ["--config-file", CONFIG, *flags, *SMALL, f"train.output_dir={output_dir}", *extra]
+    result = run(*arguments)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def kill(output_dir: Path, moment: str, iteration: int, *flags: str) -> None:
+    result = run(
+        moment,
+        str(iteration),
+        *("--config-file", CONFIG, *flags, *SMALL, f"train.output_dir={output_dir}"),
+        script="tests/engine/killed_run.py",
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
+
+
+def load(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """All leaves of nested dicts and lists by path."""
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, (list, tuple)):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    leaves = {}
+    for key, inner in items:
+        leaves.update(flatten(inner, f"{prefix}/{key}"))
+    return leaves
+
+
+def assert_identical(a: Any, b: Any) -> None:
+    a, b = flatten(a), flatten(b)
+    assert a.keys() == b.keys()
+    for path, value in a.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, b[path]), path
+        else:
+            assert value == b[path], path
+
+
+def last_metrics(output_dir: Path) -> dict[int, dict[str, float]]:
+    """The metrics by iteration; of a repeated iteration the last."""
+    rows: dict[int, dict[str, float]] = {}
+    for line in (output_dir / "metrics.json").read_text().splitlines():
+        row = json.loads(line)
+        rows.setdefault(row["iteration"], {}).update(row)
+    return rows
+
+
+def unsmoothed(output_dir: Path) -> dict[int, dict[str, float]]:
+    """Those metrics that are not medians over the last iterations of the same process, or times."""
+    return {
+        iteration: {k: v for k, v in row.items() if k.startswith(("sem_seg", "lr"))}
+        for iteration, row in last_metrics(output_dir).items()
+    }
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a run that nobody disturbed."""
+    output_dir = tmp_path_factory.mktemp("whole")
+    train(output_dir)
+    return output_dir
+
+
+def test_a_run_leaves_what_the_readme_promises(whole_run: Path) -> None:
+    names = {path.name for path in whole_run.iterdir()}
+    assert {
+        "config.yaml",
+        "metrics.json",
+        "log.txt",
+        "last_checkpoint",
+        "model_final.pth",
+        "model_best.pth",
+        "model_inference.pth",
+    } <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert (whole_run / "last_checkpoint").read_text() == "model_final.pth"
+    # checkpoints_to_keep is 2
+    numbered = sorted(n for n in names if n.startswith("model_0"))
+    assert numbered == ["model_0000005.pth", "model_0000007.pth"]
+    metrics = last_metrics(whole_run)
+    assert {"loss_sem_seg", "loss_contrast_res2", "loss_contrast_res2_res5", "grad_norm"} <= set(
+        metrics[6]
+    )
+    assert metrics[6]["contrast/res2/anchors"] > 0
+    assert metrics[4]["lr"] == pytest.approx(0.02 * (1 - 4 / 8) ** 0.9)
+    state = load(whole_run / "model_inference.pth")["model"]
+    final = load(whole_run / "model_final.pth")["model"]
+    assert set(final) - set(state) == {name for name in final if name.startswith("contrast.")}
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_run_ends_bit_identical(whole_run: Path, tmp_path: Path) -> None:
+    kill(tmp_path, "step", 5)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+    kill(tmp_path, "write", 5, "--resume")
+    assert [p.name for p in tmp_path.glob("*.tmp")]  # the torn file is there, under another name
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+    kill(tmp_path, "tag", 5, "--resume")
+    assert (tmp_path / "model_0000005.pth").exists()
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+    kill(tmp_path, "rename", 7, "--resume")
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000005.pth"
+    train(tmp_path, flags=("--resume",))
+    assert not list(tmp_path.glob("*.tmp"))
+    for name in ("model_final.pth", "model_best.pth", "model_inference.pth"):
+        assert_identical(load(whole_run / name), load(tmp_path / name))
+    assert unsmoothed(whole_run) == unsmoothed(tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("model_0*")) == [
+        "model_0000005.pth",
+        "model_0000007.pth",
+    ]
+
+
+@pytest.mark.slow
+def test_a_kill_before_the_first_checkpoint_starts_anew(whole_run: Path, tmp_path: Path) -> None:
+    kill(tmp_path, "write", 1)
+    assert not (tmp_path / "last_checkpoint").exists()
+    train(tmp_path, "dataloader.train.num_workers=0", flags=("--resume",))
+    final = [load(path / "model_final.pth") for path in (whole_run, tmp_path)]
+    assert_identical(*final)
+
+
+def test_eval_only_repeats_the_last_evaluation(whole_run: Path) -> None:
+    before = last_metrics(whole_run)[8]
+    result = run(
+        *("--config-file", CONFIG, "--eval-only", *SMALL, f"train.output_dir={whole_run}"),
+        f"train.init_checkpoint={whole_run / 'model_inference.pth'}",
+        "model.contrast=None",
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    scores = json.loads(
+        (whole_run / "inference/shapes_sem_seg_val/sem_seg_evaluation.json").read_text()
+    )
+    assert f"{before['sem_seg/mIoU']:.4f}" in result.stdout + result.stderr
+    assert before["sem_seg/mIoU"] in flatten(scores).values()
+
+
+@pytest.mark.slow
+def test_two_processes_train_without_a_gpu(tmp_path: Path) -> None:
+    train(tmp_path, "train.max_iter=2", "train.eval_period=0", flags=("--num-gpus", "2"))
+    log = (tmp_path / "log.txt").read_text()
+    assert "Process 0 of 2" in log
+    assert "Process 1 of 2" in (tmp_path / "log.txt.rank1").read_text()
+    assert last_metrics(tmp_path)[2]["sem_seg/mIoU"] >= 0
+    state = load(tmp_path / "model_final.pth")
+    assert state["iteration"] == 1
+    assert not any(name.startswith("module.") for name in state["model"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train.max_iters=3",), "error: unknown config key train.max_iters. Did you mean train."),
+        (("--num-gpus", "0"), "error: --num-gpus 0: needs at least 1."),
+    ],
+)
+def test_a_mistake_gets_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
+    result = run("--config-file", CONFIG, *arguments)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_mistake_inside_a_process_gets_one_line(tmp_path: Path) -> None:
+    result = run("--config-file", CONFIG, "--eval-only", f"train.output_dir={tmp_path}")
+    assert result.returncode == 1
+    assert f"error: nothing to evaluate: {tmp_path} has no checkpoint." in result.stderr
+    assert "Traceback" not in result.stderr
