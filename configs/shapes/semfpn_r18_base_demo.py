@@ -10,8 +10,10 @@ from ..common.optim import sgd as optimizer
 from ..common.train import train
 
 model.backbone.pretrained = False
-optimizer.lr = 0.02
-train.max_iter = 300
-train.eval_period = 100
-train.checkpoint_period = 100
+model.sem_seg_head.fpn_channels = 64
+model.sem_seg_head.conv_dims = 64
+optimizer.lr = 0.05
+train.max_iter = 500
+train.eval_period = 250
+train.checkpoint_period = 250
 train.output_dir = "output/shapes/semfpn_r18_base_demo"

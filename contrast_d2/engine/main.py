@@ -25,6 +25,7 @@ from ..segmentor import inference_state_dict
 from .checkpoint import Checkpointer, write_atomically
 from .config import load_config
 from .hooks import BestCheckpointer
+from .record import record_run
 from .trainer import Batch, Trainer
 
 logger = logging.getLogger(__name__)
@@ -123,6 +124,8 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     is_main = comm.is_main_process()
     if is_main:
         _tidy(options.output_dir, resumed)
+        if not resumed:
+            record_run(options.output_dir)
     results: dict[str, Any] = {}
 
     def evaluate_now() -> dict[str, Any]:
