@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .losses import SegLoss, upsample
 from .structures import SegOutput
 
-__all__ = ["ContrastiveSegmentor", "SegOutput", "inference_state_dict"]
+__all__ = ["ContrastiveSegmentor", "SegOutput", "inference_state_dict", "is_training_only"]
 
 _CONTRAST_PREFIX = "contrast."
 
@@ -134,7 +134,12 @@ def inference_state_dict(model: nn.Module) -> dict[str, Tensor]:
     They load into the model that the same config builds with `model.contrast=None`.
     """
     state = model.state_dict()
-    return {name: value for name, value in state.items() if not name.startswith(_CONTRAST_PREFIX)}
+    return {name: value for name, value in state.items() if not is_training_only(name)}
+
+
+def is_training_only(name: str) -> bool:
+    """Whether a name of the model's state belongs to the contrast method."""
+    return name.startswith(_CONTRAST_PREFIX)
 
 
 def _record(statistics: Mapping[str, Tensor]) -> None:

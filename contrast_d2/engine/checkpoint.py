@@ -9,6 +9,8 @@ from typing import IO, Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
+from ..segmentor import is_training_only
+
 
 class Checkpointer(DetectionCheckpointer):
     """detectron2's checkpointer; a kill at any moment leaves it a checkpoint to resume from.
@@ -16,6 +18,37 @@ class Checkpointer(DetectionCheckpointer):
     Files are written under a temporary name, flushed to disk and renamed; `last_checkpoint` names a
     file only once that is complete.
     """
+
+    def check_exists(self, path: str) -> None:
+        """Refuses a checkpoint file that is not there, before any work is done for it.
+
+        Raises:
+            ValueError: there is no such file.
+        """
+        if path and "://" not in path and not os.path.isfile(path):
+            raise ValueError(f"train.init_checkpoint={path}: there is no such file.")
+
+    def load_for_inference(self, path: str) -> None:
+        """Loads all weights that the model has at test time.
+
+        Raises:
+            ValueError: there is no such file, or it is of another model.
+        """
+        self.check_exists(path)
+        self._unfit: list[str] = []
+        self.load(path, checkpointables=[])
+        unfit = [name for name in self._unfit if not is_training_only(name)]
+        if unfit:
+            raise ValueError(
+                f"{path} does not fit the model: {len(unfit)} of its weights are missing there or "
+                f"have another shape, such as {unfit[0]}. Evaluate it with the config it was "
+                "trained with."
+            )
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        shapes = [name for name, *_ in incompatible.incorrect_shapes]
+        self._unfit = [*incompatible.missing_keys, *shapes]
+        super()._log_incompatible_keys(incompatible)
 
     def save(self, name: str, *, is_last: bool = True, **extra: Any) -> None:
         """Writes model and checkpointables to `<save_dir>/<name>.pth`.

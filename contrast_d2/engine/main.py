@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import LazyConfig, instantiate
 from detectron2.engine import create_ddp_model, default_writers, hooks
 from detectron2.evaluation import inference_on_dataset, print_csv_format
@@ -26,7 +27,7 @@ from .checkpoint import Checkpointer, write_atomically
 from .config import load_config
 from .hooks import BestCheckpointer
 from .record import record_run
-from .trainer import Batch, Trainer
+from .trainer import Batch, NonFiniteLossError, Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -47,9 +48,9 @@ def main(args: argparse.Namespace) -> None:
             evaluate_checkpoint(cfg)
         else:
             train(cfg, resume=args.resume)
-    except ValueError as error:
+    except (ValueError, NonFiniteLossError) as error:
         logger.debug("stopped by:", exc_info=True)
-        raise SystemExit(f"error: {error}") from error
+        raise SystemExit(f"error: {_message(error)}") from error
 
 
 def set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
@@ -74,6 +75,14 @@ def set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
         logger.info("Config saved to %s", path)
     torch.manual_seed(max(cfg.train.seed, 0))
     torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark and not args.eval_only
+
+
+def _message(error: Exception) -> str:
+    """What an error says, without the traceback that a data worker wraps it in."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+    return text
 
 
 def device() -> torch.device:
@@ -121,6 +130,8 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     )
     checkpointer = Checkpointer(model, options.output_dir, trainer=trainer)
     resumed = resume and checkpointer.has_checkpoint()
+    if not resumed:
+        checkpointer.check_exists(options.init_checkpoint)
     is_main = comm.is_main_process()
     if is_main:
         _tidy(options.output_dir, resumed)
@@ -178,6 +189,10 @@ def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
     """
     training = model.training
     evaluator = instantiate(cfg.dataloader.evaluator)
+    if comm.get_world_size() > 1:
+        # Batch norm statistics may differ between processes: those that a checkpoint holds count.
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
     results = inference_on_dataset(model.eval(), instantiate(cfg.dataloader.test), evaluator)
     model.train(training)
     if comm.is_main_process():
@@ -189,7 +204,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     """Evaluates the weights of `train.init_checkpoint`, or else the run's own final ones.
 
     Raises:
-        ValueError: there are no weights.
+        ValueError: there are no weights, or they are of another model.
     """
     model = build_model(cfg)
     checkpointer = Checkpointer(model, cfg.train.output_dir)
@@ -199,7 +214,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
             f"nothing to evaluate: {cfg.train.output_dir} has no checkpoint. Name one with "
             "train.init_checkpoint=FILE, or the run's folder with train.output_dir=FOLDER."
         )
-    checkpointer.load(path, checkpointables=[])
+    checkpointer.load_for_inference(path)
     return evaluate(cfg, model)
 
 

@@ -32,8 +32,12 @@ SMALL = [
 ]
 
 
-def run(*arguments: str, script: str = "train_net.py") -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, script: str = "train_net.py", on_gpu: bool = False
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not on_gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # what is promised bit for bit is so on the CPU
     return subprocess.run(
         [sys.executable, script, *arguments],
         cwd=ROOT,
@@ -199,6 +203,16 @@ def test_two_processes_train_without_a_gpu(tmp_path: Path) -> None:
     assert not any(name.startswith("module.") for name in state["model"])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_same_command_trains_on_a_gpu(tmp_path: Path, precision: str) -> None:
+    arguments = ["--config-file", CONFIG, *SMALL, f"train.output_dir={tmp_path}"]
+    result = run(*arguments, f"train.precision={precision}", on_gpu=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "Process 0 of 1 on cuda:0" in (tmp_path / "log.txt").read_text()
+    assert last_metrics(tmp_path)[8]["sem_seg/mIoU"] >= 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -217,4 +231,43 @@ def test_a_mistake_inside_a_process_gets_one_line(tmp_path: Path) -> None:
     result = run("--config-file", CONFIG, "--eval-only", f"train.output_dir={tmp_path}")
     assert result.returncode == 1
     assert f"error: nothing to evaluate: {tmp_path} has no checkpoint." in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_broken_sample_is_named_in_one_line(tmp_path: Path) -> None:
+    """The error crosses from a data worker; what reaches the user is the sentence alone."""
+    module = tmp_path / "broken.py"
+    module.write_text(
+        f"""
+from detectron2.config import LazyConfig
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+cfg = LazyConfig.load({str(ROOT / CONFIG)!r})
+locals().update(cfg)
+MetadataCatalog.get("broken_train").set(
+    **{{k: getattr(MetadataCatalog.get("shapes_sem_seg_train"), k)
+       for k in ("stuff_classes", "stuff_colors", "ignore_label")}}
+)
+if "broken_train" not in DatasetCatalog.list():
+    DatasetCatalog.register("broken_train", lambda: [
+        {{"file_name": {str(tmp_path / "no.png")!r}, "sem_seg_file_name": "x.png"}}
+    ] * 4)
+dataset.train = "broken_train"
+"""
+    )
+    result = run("--config-file", str(module), *SMALL, f"train.output_dir={tmp_path / 'run'}")
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "no.png" in last
+
+
+def test_weights_that_do_not_fit_are_not_evaluated(whole_run: Path, tmp_path: Path) -> None:
+    weights = f"train.init_checkpoint={whole_run / 'model_final.pth'}"
+    arguments = ["--config-file", CONFIG, "--eval-only", f"train.output_dir={tmp_path}"]
+    result = run(*arguments, *SMALL, weights, "model.backbone.name=resnet34")
+    assert result.returncode == 1
+    assert "model_final.pth does not fit the model" in result.stderr
+    result = run(*arguments, *SMALL, "train.init_checkpoint=no/such.pth")
+    assert result.returncode == 1
+    assert "error: train.init_checkpoint=no/such.pth: there is no such file." in result.stderr
     assert "Traceback" not in result.stderr
