@@ -138,7 +138,7 @@ def test_a_run_leaves_what_the_readme_promises(whole_run: Path) -> None:
         metrics[6]
     )
     assert metrics[6]["contrast/res2/anchors"] > 0
-    assert metrics[4]["lr"] == pytest.approx(0.02 * (1 - 4 / 8) ** 0.9)
+    assert metrics[4]["lr"] == pytest.approx(2e-3 * (1 - 4 / 8) ** 0.9)
     state = load(whole_run / "model_inference.pth")["model"]
     final = load(whole_run / "model_final.pth")["model"]
     assert set(final) - set(state) == {name for name in final if name.startswith("contrast.")}

@@ -4,6 +4,8 @@ does it (`ms_cs_release`). Budgets are for the images of one process.
 Experiment files import them with an underscore: any other name in such a file is a key of its
 config, and would take overrides there that change nothing."""
 
+from copy import deepcopy
+
 from detectron2.config import LazyCall as L
 
 from contrast_d2.backbones import feature_channels
@@ -24,34 +26,22 @@ ms_cs = L(MultiScaleContrast)(
         min_pixels=1,
         # Not in the paper, for which one tiny object cuts every class to its size; 0 is literal.
         floor=32,
+        across_processes="${..across_processes}",
     ),
     scale_weights={"res2": 1.0, "res3": 0.7, "res4": 0.4, "res5": 0.1},
     cross_scale=[("res2", "res5", 1.0), ("res2", "res4", 1.0)],
     weight=0.1,
     cross_weight=0.1,
     temperature=0.1,
+    # True contrasts the anchors of all processes, with budgets for the global batch.
+    across_processes=False,
 )
 
-ms_cs_release = L(MultiScaleContrast)(
-    projector=L(MultiScaleProjector)(
-        in_channels=L(feature_channels)(
-            name="${model.backbone.name}", output_stride="${model.backbone.output_stride}"
-        ),
-        embed_dim=256,
-        num_hidden=1,
-        bn_momentum=3e-4,
-    ),
-    sampler=L(BalancedSampler)(
-        num_classes="${dataset.num_classes}",
-        balance="image_class",
-        max_anchors=10_000,
-        min_pixels=5,
-        max_per_group=2500,
-    ),
-    scale_weights={"res2": 1.0, "res3": 0.7, "res4": 0.4, "res5": 0.1},
-    cross_scale=[("res2", "res5", 1.0), ("res2", "res4", 1.0)],
-    weight=0.1,
-    cross_weight=0.1,
-    temperature=0.1,
-    count_empty_anchors=True,
-)
+ms_cs_release = deepcopy(ms_cs)
+ms_cs_release.projector.num_hidden = 1
+ms_cs_release.projector.bn_momentum = 3e-4
+ms_cs_release.sampler.balance = "image_class"
+ms_cs_release.sampler.min_pixels = 5
+ms_cs_release.sampler.max_per_group = 2500
+ms_cs_release.sampler.floor = 0
+ms_cs_release.count_empty_anchors = True

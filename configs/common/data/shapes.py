@@ -1,48 +1,17 @@
-"""The generated shapes dataset: small scenes with a long-tailed class distribution."""
+"""The generated shapes dataset, 9 classes, 128x96: 256 training and 64 validation images."""
 
-from detectron2.config import LazyCall as L
 from detectron2.data import MetadataCatalog
 
-import contrast_d2.data
-from contrast_d2.data import (
-    SemSegMapper,
-    build_test_loader,
-    build_train_loader,
-    train_augmentations,
-)
-from contrast_d2.evaluation import SemSegEvaluator
+from .base import dataloader, dataset
 
-_metadata = MetadataCatalog.get("shapes_sem_seg_train")
+dataset.train = "shapes_sem_seg_train"
+dataset.test = "shapes_sem_seg_val"
+dataset.num_classes = len(MetadataCatalog.get(dataset.train).stuff_classes)
+dataset.ignore_label = MetadataCatalog.get(dataset.train).ignore_label
 
-dataset = dict(
-    train="shapes_sem_seg_train",
-    test="shapes_sem_seg_val",
-    num_classes=len(_metadata.stuff_classes),
-    ignore_label=_metadata.ignore_label,
-)
-
-dataloader = dict(
-    train=L(build_train_loader)(
-        dataset="${dataset.train}",
-        mapper=L(SemSegMapper)(
-            dataset_name="${dataset.train}",
-            augmentations=L(train_augmentations)(
-                crop_size=(96, 128), scale=(0.75, 1.5), max_class_area=1.0
-            ),
-            is_train=True,
-        ),
-        total_batch_size=8,
-        num_workers=1,
-        seed="${train.seed}",
-        accumulation_steps="${train.accumulation_steps}",
-    ),
-    test=L(build_test_loader)(
-        dataset="${dataset.test}",
-        mapper=L(SemSegMapper)(dataset_name="${dataset.test}", is_train=False),
-        num_workers=1,
-    ),
-    evaluator=L(SemSegEvaluator)(
-        dataset_name="${dataset.test}",
-        output_dir="${train.output_dir}/inference/${dataset.test}",
-    ),
-)
+dataloader.train.mapper.augmentations.crop_size = (96, 128)
+dataloader.train.mapper.augmentations.scale = (0.75, 1.5)
+dataloader.train.mapper.augmentations.max_class_area = 1.0  # most scenes are mostly background
+dataloader.train.total_batch_size = 8
+dataloader.train.num_workers = 1
+dataloader.test.num_workers = 1
