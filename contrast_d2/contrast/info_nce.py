@@ -51,7 +51,7 @@ def info_nce(
 
     Args:
         anchors: (A, D) unit vectors.
-        labels: (A,) integer classes.
+        labels: (A,) integer classes; an anchor with a negative label has no positives.
         contrast: (C, D) unit vectors; None contrasts the anchors among themselves, each without
             itself.
         contrast_labels: (C,) integer classes, required with `contrast`. A sample with a negative

@@ -27,6 +27,7 @@ class TwoLosses(nn.Module):
         x = torch.stack([image["image"] for image in batch])
         y = self.linear(x)
         self.dtypes.append(y.dtype)
+        y = y.float()
         return {
             "loss_sem_seg": self.loss_weight * y.square().mean(),
             "loss_contrast_res2": 0.1 * self.loss_weight * y.abs().mean(),
