@@ -7,14 +7,16 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
 from detectron2.engine import create_ddp_model, default_writers, hooks
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.file_io import PathManager
@@ -22,6 +24,7 @@ from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
 from torch import nn
 
+from ..data.datasets import check_registered
 from ..segmentor import inference_state_dict
 from .checkpoint import Checkpointer, write_atomically
 from .config import load_config
@@ -66,6 +69,10 @@ def set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
     setup_logger(output_dir, distributed_rank=rank, name="fvcore")
     setup_logger(output_dir, distributed_rank=rank, name="contrast_d2", abbrev_name="c_d2")
     setup_logger(output_dir, distributed_rank=rank)
+    for name in ("fvcore", "contrast_d2", "detectron2"):
+        for handler in logging.getLogger(name).handlers:
+            if getattr(handler, "stream", None) is sys.stdout:
+                handler.setLevel(logging.INFO)  # details go to the file
     logger.info("Process %d of %d on %s", rank, comm.get_world_size(), device())
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Command line: %s", args)
@@ -92,6 +99,24 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def check_classes(cfg: DictConfig) -> None:
+    """Compares the number of classes that the model is built for with those of its datasets.
+
+    Raises:
+        ValueError: they differ, or a dataset is not registered.
+    """
+    train_sets = cfg.dataset.train
+    names = [train_sets] if isinstance(train_sets, str) else list(train_sets)
+    for name in [*names, cfg.dataset.test]:
+        check_registered(name)
+        classes = len(MetadataCatalog.get(name).stuff_classes)
+        if classes != cfg.dataset.num_classes:
+            raise ValueError(
+                f"dataset.num_classes={cfg.dataset.num_classes}, but {name} has {classes} classes: "
+                f"set dataset.num_classes={classes}."
+            )
+
+
 def build_model(cfg: DictConfig) -> nn.Module:
     """The config's model, on this process's device."""
     model = instantiate(cfg.model).to(device())
@@ -114,6 +139,8 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
         The results of the last evaluation, on the main process.
     """
     options = cfg.train
+    check_classes(cfg)
+    evaluate = build_evaluation(cfg)  # before the training that would be lost without it
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
     cfg.optimizer.params.model = model
@@ -140,7 +167,7 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     results: dict[str, Any] = {}
 
     def evaluate_now() -> dict[str, Any]:
-        results.update(evaluate(cfg, model))
+        results.update(evaluate(model))
         return results
 
     periodic = hooks.PeriodicCheckpointer(
@@ -181,19 +208,28 @@ def build_train_batches(cfg: DictConfig, start_iteration: int) -> Iterable[Batch
     return instantiate(cfg.dataloader.train)
 
 
-def evaluate(cfg: DictConfig, model: nn.Module) -> dict[str, Any]:
-    """Evaluates on the config's test set, all processes together.
+def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]]:
+    """Prepares the evaluation on the config's test set, all processes together.
 
     Returns:
-        {"sem_seg": {"mIoU": percent, ...}} on the main process, {} on others.
+        model -> {"sem_seg": {"mIoU": percent, ...}} on the main process, {} on others.
+
+    Raises:
+        ValueError: the dataset is not there.
     """
+    evaluator, loader = instantiate(cfg.dataloader.evaluator), instantiate(cfg.dataloader.test)
+    return lambda model: _evaluate(model, loader, evaluator)
+
+
+def _evaluate(
+    model: nn.Module, loader: Iterable[Batch], evaluator: DatasetEvaluator
+) -> dict[str, Any]:
     training = model.training
-    evaluator = instantiate(cfg.dataloader.evaluator)
     if comm.get_world_size() > 1:
         # Batch norm statistics may differ between processes: those that a checkpoint holds count.
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-    results = inference_on_dataset(model.eval(), instantiate(cfg.dataloader.test), evaluator)
+    results = inference_on_dataset(model.eval(), loader, evaluator)
     model.train(training)
     if comm.is_main_process():
         print_csv_format(results)
@@ -206,6 +242,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: there are no weights, or they are of another model.
     """
+    check_classes(cfg)
     model = build_model(cfg)
     checkpointer = Checkpointer(model, cfg.train.output_dir)
     path = cfg.train.init_checkpoint or checkpointer.get_checkpoint_file()
@@ -214,8 +251,9 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
             f"nothing to evaluate: {cfg.train.output_dir} has no checkpoint. Name one with "
             "train.init_checkpoint=FILE, or the run's folder with train.output_dir=FOLDER."
         )
+    evaluate = build_evaluation(cfg)
     checkpointer.load_for_inference(path)
-    return evaluate(cfg, model)
+    return evaluate(model)
 
 
 def _tidy(output_dir: str, resumed: bool) -> None:

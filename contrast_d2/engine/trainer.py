@@ -81,9 +81,12 @@ class Trainer(TrainerBase):
         self._dtype = _AUTOCAST_DTYPES[precision]
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
 
-    def before_train(self) -> None:
-        super().before_train()
-        self._batches = iter(self._build_loader(self.start_iter))
+    def train(self, start_iter: int, max_iter: int) -> None:
+        """Trains from iteration `start_iter` up to, and without, `max_iter`."""
+        # Out of detectron2's loop, which logs a traceback for what goes wrong in it: data that
+        # cannot be loaded are the user's to mend.
+        self._batches = iter(self._build_loader(start_iter))
+        super().train(start_iter, max_iter)
 
     def run_step(self) -> None:
         """One optimizer step."""

@@ -216,15 +216,24 @@ def test_the_same_command_trains_on_a_gpu(tmp_path: Path, precision: str) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ("dataset.num_classes=5",),
+            "dataset.num_classes=5, but shapes_sem_seg_train has 9",
+        ),
+        (("dataset.test=shapes_sem_seg_vla",), "did you mean shapes_sem_seg_val"),
+        (("model.contrast.temperature=0",), "error: temperature=0: must be above 0."),
         (("train.max_iters=3",), "error: unknown config key train.max_iters. Did you mean train."),
         (("--num-gpus", "0"), "error: --num-gpus 0: needs at least 1."),
     ],
 )
 def test_a_mistake_gets_one_line(tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    result = run("--config-file", CONFIG, *arguments)
+    flags = [a for a in arguments if "=" not in a and "." not in a]
+    overrides = [a for a in arguments if a not in flags]
+    output_dir = f"train.output_dir={tmp_path}"
+    result = run("--config-file", CONFIG, *flags, *overrides, output_dir)
     assert result.returncode == 1
     assert message in result.stderr
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in result.stderr + result.stdout
 
 
 def test_a_mistake_inside_a_process_gets_one_line(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from detectron2.utils.events import EventStorage
 from torch import nn
 
 from contrast_d2.engine import NonFiniteLossError, Trainer
@@ -190,9 +189,6 @@ def test_a_resume_with_another_seed_is_refused() -> None:
 
 def test_a_model_left_in_eval_mode_is_our_bug() -> None:
     trainer = make(1)
-    trainer.start_iter, trainer.iter, trainer.max_iter = 0, 0, 1
-    with EventStorage(0) as trainer.storage:
-        trainer.before_train()
-        trainer.model.eval()
-        with pytest.raises(RuntimeError, match="eval mode"):
-            trainer.run_step()
+    trainer.before_step = trainer.model.eval
+    with pytest.raises(RuntimeError, match="eval mode"):
+        trainer.train(0, 1)
