@@ -22,6 +22,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from ..data.datasets import check_registered
@@ -124,7 +125,8 @@ def build_model(cfg: DictConfig) -> nn.Module:
         if device().type == "cpu":
             logger.warning("train.sync_bn needs GPUs: each process has its own batch statistics.")
         else:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            # torch's own conversion loses the activation in timm's fused norm layers
+            model = convert_sync_batchnorm(model)
     return model
 
 
