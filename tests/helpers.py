@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from contrast_d2.engine.launch import leave_groups
+
 
 def run_processes(function: Callable[..., Any], num_processes: int, *args: Any) -> list[Any]:
     """Calls `function(*args)` in several new processes that form one gloo group on the CPU.
@@ -52,4 +54,4 @@ def _run_rank(
         torch.save(function(*args), Path(folder) / f"result_{rank}.pt")
         dist.barrier()
     finally:
-        dist.destroy_process_group()
+        leave_groups()

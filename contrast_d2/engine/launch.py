@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def launch(
             raise ValueError(
                 f"--num-gpus {num_processes}: this machine has {torch.cuda.device_count()}."
             )
-        launch_on_gpus(main, num_processes, num_machines, machine_rank, dist_url, args)
+        launch_on_gpus(_run, num_processes, num_machines, machine_rank, dist_url, (main, args))
     elif num_processes * num_machines == 1:
         main(*args)
     else:
@@ -97,10 +98,29 @@ def _cpu_worker(
     )
     _create_local_group(num_processes, num_machines, machine_rank)
     comm.synchronize()
+    _run(main, args)
+
+
+def _run(main: Callable[..., Any], args: tuple[Any, ...]) -> None:
     try:
         main(*args)
     finally:
-        dist.destroy_process_group()
+        leave_groups()
+
+
+def leave_groups() -> None:
+    """Ends the process groups of this process, and the threads that work for them.
+
+    A gloo group ends its threads when its last reference goes. While detectron2 or a model keeps
+    one, a thread may still be releasing a tensor when the interpreter shuts down, and then aborts
+    the process, after all its work was done.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    comm._LOCAL_PROCESS_GROUP = None
+    comm._get_global_gloo_group.cache_clear()
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def _create_local_group(num_processes: int, num_machines: int, machine_rank: int) -> None:
