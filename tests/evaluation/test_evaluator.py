@@ -52,7 +52,7 @@ def run(evaluator, records: Sequence[dict], outputs: Sequence[torch.Tensor]):
     return evaluator.evaluate()
 
 
-def same(results: dict, expected: dict) -> None:
+def assert_same(results: dict, expected: dict) -> None:
     """Same keys in the same order, and the very same numbers."""
     assert list(results) == list(expected) == ["sem_seg"]
     assert list(results["sem_seg"]) == list(expected["sem_seg"])
@@ -81,7 +81,7 @@ def test_equals_detectron2(make_dataset, tmp_path, present, never_predicted):
         absent_classes=DETECTRON_POLICY,
         save_predictions=True,
     )
-    same(run(ours, records, outputs), expected)
+    assert_same(run(ours, records, outputs), expected)
     assert math.isnan(expected["sem_seg"]["IoU-car"]) == (2 not in present)
     predictions = "sem_seg_predictions.json"
     assert (ours_dir / predictions).read_text() == (theirs_dir / predictions).read_text()
@@ -99,7 +99,7 @@ def test_equals_detectron2_on_real_labels(camvid):
 
     expected = run(DetectronSemSegEvaluator(name, distributed=False), records, outputs)
     assert 20 < expected["sem_seg"]["mIoU"] < 80
-    same(run(SemSegEvaluator(name, absent_classes=DETECTRON_POLICY), records, outputs), expected)
+    assert_same(run(SemSegEvaluator(name, absent_classes=DETECTRON_POLICY), records, outputs), expected)
 
 
 def test_default_policy_gives_the_numbers_of_v06(make_dataset):
@@ -159,7 +159,7 @@ def test_reset_forgets(make_dataset):
     evaluator = SemSegEvaluator(name)
     first = run(evaluator, records[:1], outputs[:1])
     run(evaluator, records, outputs)
-    same(run(evaluator, records[:1], outputs[:1]), first)
+    assert_same(run(evaluator, records[:1], outputs[:1]), first)
 
 
 def test_errors_name_the_file_and_the_sizes(make_dataset, tmp_path):
@@ -213,7 +213,7 @@ def test_two_processes_equal_one(make_dataset, tmp_path):
     run_processes(_evaluate_share, 2, str(tmp_path))
     for case in ("both", "one"):
         saved = torch.load(tmp_path / case / "sem_seg_evaluation.pth", weights_only=True)
-        same({"sem_seg": saved}, expected)
+        assert_same({"sem_seg": saved}, expected)
         alone, together = (
             json.loads((tmp_path / folder / "sem_seg_predictions.json").read_text())
             for folder in ("alone", case)
@@ -233,7 +233,7 @@ def test_counts_stay_on_the_device(make_dataset):
     expected = run(SemSegEvaluator(name), records, outputs)
 
     evaluator = SemSegEvaluator(name)
-    same(run(evaluator, records, [scores.cuda() for scores in outputs]), expected)
+    assert_same(run(evaluator, records, [scores.cuda() for scores in outputs]), expected)
     evaluator.reset()
     evaluator.process(records[:1], [{"sem_seg": outputs[0].cuda()}])
     confusion = evaluator._confusion
