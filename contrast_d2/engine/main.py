@@ -58,7 +58,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
-    """Opens the log, notes config and environment in the output folder, and seeds."""
+    """Opens the log, notes environment and, of a training, config in the output folder; seeds."""
     output_dir = cfg.train.output_dir
     if comm.is_main_process():
         try:
@@ -77,7 +77,8 @@ def set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
     logger.info("Process %d of %d on %s", rank, comm.get_world_size(), device())
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Command line: %s", args)
-    if comm.is_main_process():
+    # An evaluation may have other settings than the training whose folder it is in.
+    if comm.is_main_process() and not args.eval_only:
         path = os.path.join(output_dir, "config.yaml")
         LazyConfig.save(cfg, path)
         logger.info("Config saved to %s", path)

@@ -178,6 +178,7 @@ def test_a_kill_before_the_first_checkpoint_starts_anew(whole_run: Path, tmp_pat
 
 def test_eval_only_repeats_the_last_evaluation(whole_run: Path) -> None:
     before = last_metrics(whole_run)[8]
+    config = (whole_run / "config.yaml").read_text()
     result = run(
         *("--config-file", CONFIG, "--eval-only", *SMALL, f"train.output_dir={whole_run}"),
         f"train.init_checkpoint={whole_run / 'model_inference.pth'}",
@@ -189,6 +190,7 @@ def test_eval_only_repeats_the_last_evaluation(whole_run: Path) -> None:
     )
     assert f"{before['sem_seg/mIoU']:.4f}" in result.stdout + result.stderr
     assert before["sem_seg/mIoU"] in flatten(scores).values()
+    assert (whole_run / "config.yaml").read_text() == config  # that of the training
 
 
 @pytest.mark.slow
