@@ -25,12 +25,12 @@ class Anchors(NamedTuple):
     Attributes:
         embeddings: (A, D) fp32 unit vectors.
         labels: (A,) int64 classes.
-        num_classes: how many classes have anchors.
+        class_counts: number of anchors of each class, host integers.
     """
 
     embeddings: Tensor
     labels: Tensor
-    num_classes: int
+    class_counts: tuple[int, ...]
 
 
 class _Term(NamedTuple):
@@ -151,7 +151,7 @@ class MultiScaleContrast(nn.Module):
         contrast_sets = anchors
         if self.across_processes and world_size() > 1:
             contrast_sets = {
-                name: Anchors(*gather_set(a.embeddings, a.labels), a.num_classes)
+                name: Anchors(*gather_set(a.embeddings, a.labels), a.class_counts)
                 for name, a in anchors.items()
             }
         losses: dict[str, Tensor] = {}
@@ -178,7 +178,7 @@ class MultiScaleContrast(nn.Module):
             name: Anchors(
                 gather_embeddings(embeddings[name], draw.image, draw.pixel),
                 draw.labels,
-                draw.num_classes,
+                draw.class_counts,
             )
             for name, draw in zip(embeddings, draws, strict=True)
         }
@@ -225,7 +225,7 @@ class MultiScaleContrast(nn.Module):
         return {
             # new_full fills on the device; new_tensor would copy from the host and wait.
             "anchors": positive.new_full((), len(source.labels)),
-            "classes": positive.new_full((), source.num_classes),
+            "classes": positive.new_full((), sum(count > 0 for count in source.class_counts)),
             "positive_similarity": positive,
             "negative_similarity": negative,
         }

@@ -27,13 +27,13 @@ class PixelDraw(NamedTuple):
         image: (A,) int64, index of the image in the batch.
         pixel: (A,) int64, row-major index of the pixel in the (h, w) map.
         labels: (A,) int64, class of the pixel.
-        num_classes: number of classes that have anchors, a host integer.
+        class_counts: how many pixels were drawn of each class 0..K-1, host integers.
     """
 
     image: Tensor
     pixel: Tensor
     labels: Tensor
-    num_classes: int
+    class_counts: tuple[int, ...]
 
 
 def downsample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -161,8 +161,8 @@ class BalancedSampler:
             image = chosen.div(num_pixels, rounding_mode="floor")
             pixel = chosen - image * num_pixels
             labels = label_map.reshape(num_images, -1)[image, pixel].long()
-            num_classes = int((quotas[scale].sum(axis=1) > 0).sum())
-            draws.append(PixelDraw(image, pixel, labels, num_classes))
+            class_counts = tuple(quotas[scale].sum(axis=1).tolist())
+            draws.append(PixelDraw(image, pixel, labels, class_counts))
             first_pixel += num_images * num_pixels
             first_anchor += num_anchors
         return draws

@@ -53,7 +53,7 @@ def check_draw(draw: PixelDraw, label_map: Tensor, num_classes: int) -> None:
     assert len(set(pixels)) == len(pixels)
     groups = list(zip(draw.labels.tolist(), draw.image.tolist(), strict=True))
     assert groups == sorted(groups)
-    assert draw.num_classes == len(set(draw.labels.tolist()))
+    assert list(draw.class_counts) == draw.labels.bincount(minlength=num_classes).tolist()
 
 
 def sample(label_map: Tensor, num_classes: int, **budgets) -> PixelDraw:
@@ -227,7 +227,7 @@ def test_maps_without_classes_give_empty_draws(balance: str) -> None:
     sampler = BalancedSampler(3, balance=balance)
     draws = sampler([nothing, something, nothing])
     assert [len(draw.labels) for draw in draws] == [0, 12, 0]
-    assert [draw.num_classes for draw in draws] == [0, 2, 0]
+    assert [draw.class_counts for draw in draws] == [(0, 0, 0), (6, 6, 0), (0, 0, 0)]
     assert all(draw.pixel.dtype == draw.image.dtype == torch.long for draw in draws)
 
 
