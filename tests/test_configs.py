@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def test_decoder_projector_and_losses_fit(path: Path) -> None:
 
 @pytest.mark.parametrize("path", METHODS, ids=str)
 def test_method_and_baseline_differ_by_one_key(path: Path) -> None:
-    name = path.name.replace("_ms_cs_release_", "_base_").replace("_ms_cs_", "_base_")
+    name = re.sub(r"_ms_cs_((release|dense|sampled)_([a-z]+_(?=cpu))?)?", "_base_", path.name)
     method, baseline = flat(load(path)), flat(load(path.with_name(name)))
     different = {
         key
@@ -126,6 +127,31 @@ def test_method_and_baseline_differ_by_one_key(path: Path) -> None:
     assert baseline["model.contrast"] is None
     assert {k for k in different if not k.startswith("model.contrast")} == {"train.output_dir"}
     assert any(k.startswith("model.contrast.") for k in different)
+
+
+@pytest.mark.parametrize(
+    ("variant", "projection", "norm_statistics", "norm"),
+    [
+        ("dense_layer", "dense", None, "layer"),
+        ("sampled_draw", "sampled", "draw", "batch"),
+        ("sampled_layer", "sampled", None, "layer"),
+        ("sampled_map", "sampled", "map", "batch"),
+    ],
+)
+def test_projections_differ_by_what_they_name(
+    variant: str, projection: str, norm_statistics: str | None, norm: str
+) -> None:
+    dense = load("configs/camvid/semfpn_r18_ms_cs_cpu.py")
+    cfg = load(f"configs/camvid/semfpn_r18_ms_cs_{variant}_cpu.py")
+    contrast = meta_model(cfg).contrast
+    assert (contrast.projection, contrast.norm_statistics) == (projection, norm_statistics)
+    names = {"batch": "BatchNorm2d", "layer": "ChannelLayerNorm"}
+    norms = [type(head[2]).__name__ for head in contrast.projector.heads.values()]
+    assert norms == [names[norm]] * 4
+    free = {"train.output_dir", "model.contrast.projector.norm"}
+    free |= {"model.contrast.projection", "model.contrast.norm_statistics"}
+    expected = {key: value for key, value in flat(dense).items() if key not in free}
+    assert {key: value for key, value in flat(cfg).items() if key not in free} == expected
 
 
 @pytest.mark.parametrize("path", ARCHITECTURES)

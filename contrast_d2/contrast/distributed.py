@@ -50,9 +50,24 @@ def gather_set(embeddings: Tensor, labels: Tensor) -> GatheredSet:
     dist.all_gather(all_labels, padded)
     all_labels = [part[:count] for part, count in zip(all_labels, counts, strict=True)]
     return GatheredSet(
-        _GatherRows.apply(embeddings, counts),
+        gather_rows(embeddings, counts),
         torch.cat(_own_first(all_labels)),
     )
+
+
+def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
+    """Joins the rows of all processes, those of this process first.
+
+    Every process has to call it in the same order, and to run its backward pass.
+
+    Args:
+        rows: (A, D); gradients flow back to the process that each row came from.
+        counts: A of every process, in the order of ranks.
+
+    Returns:
+        (G, D).
+    """
+    return _GatherRows.apply(rows, counts)
 
 
 def sum_over_processes(value: Tensor) -> Tensor:

@@ -7,16 +7,20 @@ A anchors of one scale, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .distributed import gather_set, sum_over_processes, world_size
+from .gather import gather_pixels, unit_vectors
 from .info_nce import info_nce, similarity_statistics
 from .output import ContrastOutput
-from .projector import MultiScaleProjector, gather_embeddings
-from .sampling import BalancedSampler, downsample_labels
+from .projector import MultiScaleProjector
+from .sampling import BalancedSampler, PixelDraw, downsample_labels
+
+Projection = Literal["dense", "sampled"]
+NormStatistics = Literal["map", "draw"]
 
 
 class Anchors(NamedTuple):
@@ -24,13 +28,13 @@ class Anchors(NamedTuple):
 
     Attributes:
         embeddings: (A, D) fp32 unit vectors.
-        labels: (A,) int64 classes.
-        class_counts: number of anchors of each class, host integers.
+        labels: (A,) int64 classes; -1 for the padding of a draw of fixed size.
+        class_counts: number of anchors of each class, host integers; None for a draw of fixed size.
     """
 
     embeddings: Tensor
     labels: Tensor
-    class_counts: tuple[int, ...]
+    class_counts: tuple[int, ...] | None
 
 
 class _Term(NamedTuple):
@@ -57,6 +61,19 @@ class MultiScaleContrast(nn.Module):
     here and in the sampler: then the anchors of all processes are contrasted with each other, and
     loss and gradients are those of one process with the global batch.
 
+    The projectors run on every pixel of the maps, as in the paper, or with `projection="sampled"`
+    on the drawn pixels alone. Parameters, draws and checkpoints are the same. Layer norms and heads
+    without hidden layers then give the same embeddings too. A batch norm needs statistics:
+
+    * `norm_statistics="map"`: mean and variance of the hidden activations over the whole map, as
+      in dense projection. The embeddings are then equal to those of dense projection, but the
+      statistics are constants of the backward pass, so that the gradients are not. The hidden
+      layers run on the whole map once more for each, forward only, chunk by chunk.
+    * `norm_statistics="draw"`: those of the drawn pixels, in which classes weigh alike.
+
+    With SyncBatchNorm both are over all processes; a process without anchors takes part in their
+    collective calls, with no weight.
+
     Args:
         projector: heads for the feature maps; those of maps that no term uses are dropped.
         sampler: draws the anchors of all scales.
@@ -73,10 +90,13 @@ class MultiScaleContrast(nn.Module):
         count_empty_anchors: average over all anchors, also those without a positive, as the release
             does across scales.
         across_processes: contrast over the global batch.
+        projection: "dense" projects the maps, "sampled" the drawn pixels.
+        norm_statistics: "map" or "draw", for sampled projection with batch norms; else None.
 
     Raises:
         ValueError: nothing to contrast, a negative weight, a temperature that is not above 0, a map
-            without projector or a pair of equal maps.
+            without projector, a pair of equal maps, or `norm_statistics` where there are none to
+            choose, or none where there are.
 
     Reference: Pissas, Ravasio, Da Cruz, Bergeles, "Multi-scale and Cross-scale Contrastive Learning
         for Semantic Segmentation", ECCV 2022, sections 3.2 to 3.4, equations (1) to (4).
@@ -97,6 +117,8 @@ class MultiScaleContrast(nn.Module):
         detach_contrast: bool = False,
         count_empty_anchors: bool = False,
         across_processes: bool = False,
+        projection: Projection = "dense",
+        norm_statistics: NormStatistics | None = None,
     ) -> None:
         super().__init__()
         cross_temperature = temperature if cross_temperature is None else cross_temperature
@@ -120,11 +142,14 @@ class MultiScaleContrast(nn.Module):
             )
         used = {name for term in self.terms for name in (term.anchors, term.contrast) if name}
         projector.keep(used)
+        _check_projection(projector, projection, norm_statistics)
         self.projector = projector
         self.sampler = sampler
         self.detach_contrast = detach_contrast
         self.count_empty_anchors = count_empty_anchors
         self.across_processes = across_processes
+        self.projection = projection
+        self.norm_statistics = norm_statistics
 
     def forward(
         self,
@@ -146,8 +171,24 @@ class MultiScaleContrast(nn.Module):
             Losses `loss_contrast_<s>` and `loss_contrast_<s>_<s'>`; the statistics `anchors`,
             `classes`, `positive_similarity` and `negative_similarity` of each term.
         """
-        embeddings = self.projector(features)
-        anchors = self._draw(embeddings, labels, generator)
+        if self.projection == "dense":
+            maps = self.projector(features)
+        else:
+            maps = self.projector.select(features)
+        return self._contrast(maps, labels, generator)
+
+    # How many pixels are drawn is known at run time only: a compiled step has one graph up to here.
+    @torch.compiler.disable
+    def _contrast(
+        self, maps: Mapping[str, Tensor], labels: Tensor, generator: torch.Generator | None
+    ) -> ContrastOutput:
+        """All that follows the dense projection, or with sampled projection the backbone."""
+        label_maps = [downsample_labels(labels, x.shape[-2:]) for x in maps.values()]
+        draws = self.sampler(label_maps, generator)
+        anchors = {
+            name: Anchors(self._embed(name, maps[name], draw), draw.labels, draw.class_counts)
+            for name, draw in zip(maps, draws, strict=True)
+        }
         contrast_sets = anchors
         if self.across_processes and world_size() > 1:
             contrast_sets = {
@@ -165,23 +206,16 @@ class MultiScaleContrast(nn.Module):
                 statistics[f"contrast/{term.name}/{quantity}"] = value
         return ContrastOutput(losses, statistics)
 
-    def _draw(
-        self,
-        embeddings: Mapping[str, Tensor],
-        labels: Tensor,
-        generator: torch.Generator | None,
-    ) -> dict[str, Anchors]:
-        """Draws the anchors of every scale."""
-        label_maps = [downsample_labels(labels, z.shape[-2:]) for z in embeddings.values()]
-        draws = self.sampler(label_maps, generator)
-        return {
-            name: Anchors(
-                gather_embeddings(embeddings[name], draw.image, draw.pixel),
-                draw.labels,
-                draw.class_counts,
-            )
-            for name, draw in zip(embeddings, draws, strict=True)
-        }
+    def _embed(self, name: str, pixels: Tensor, draw: PixelDraw) -> Tensor:
+        """Unit vectors (A, D) of drawn pixels, from a map of embeddings or of features."""
+        # Only the padding of a draw of fixed size can name a pixel twice.
+        distinct = draw.class_counts is not None
+        rows = gather_pixels(pixels, draw.image, draw.pixel, distinct=distinct)
+        if self.projection == "sampled":
+            head = self.projector.heads[name]
+            statistics = head.map_statistics(pixels) if self.norm_statistics == "map" else None
+            rows = head.project_rows(rows, draw.labels >= 0, statistics)
+        return unit_vectors(rows)
 
     def _term_loss(self, term: _Term, source: Anchors, target: Anchors) -> Tensor:
         """L_c of one term, unweighted."""
@@ -222,13 +256,33 @@ class MultiScaleContrast(nn.Module):
             None if within else target.labels,
             num_classes=self.sampler.num_classes,
         )
+        counts = torch.zeros_like(positive).expand(self.sampler.num_classes + 1).clone()
+        counts.index_add_(0, source.labels + 1, torch.ones_like(source.labels, dtype=counts.dtype))
         return {
-            # new_full fills on the device; new_tensor would copy from the host and wait.
-            "anchors": positive.new_full((), len(source.labels)),
-            "classes": positive.new_full((), sum(count > 0 for count in source.class_counts)),
+            "anchors": counts[1:].sum(),
+            "classes": (counts[1:] > 0).sum().to(counts.dtype),
             "positive_similarity": positive,
             "negative_similarity": negative,
         }
+
+
+def _check_projection(
+    projector: MultiScaleProjector, projection: str, norm_statistics: str | None
+) -> None:
+    if projection not in ("dense", "sampled"):
+        raise ValueError(f"projection={projection!r}: choose 'dense' or 'sampled'.")
+    if norm_statistics not in ("map", "draw", None):
+        raise ValueError(f"norm_statistics={norm_statistics!r}: choose 'map', 'draw' or None.")
+    if projection == "dense" and norm_statistics is not None:
+        raise ValueError(
+            f"norm_statistics={norm_statistics!r} with projection='dense', whose batch norms see "
+            "the map: leave it out, or set projection='sampled'."
+        )
+    if projection == "sampled" and projector.has_batch_norm != (norm_statistics is not None):
+        raise ValueError(
+            f"norm_statistics={norm_statistics!r} with projection='sampled': it must be 'map' or "
+            "'draw' for a projector with batch norms, and None for one without."
+        )
 
 
 def _within_terms(

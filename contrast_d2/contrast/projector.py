@@ -1,29 +1,60 @@
 """The training-only heads that map backbone features to the space where they are contrasted.
 
-Shape letters: B images, C feature channels, D embedding width, h w the size of a feature map.
+Shape letters: B images, C feature channels, D embedding width, h w the size of a feature map,
+A drawn pixels, N parts of a population.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .distributed import gather_rows, world_size
+
+Norm = Literal["batch", "layer"]
+
+# Elements of a hidden activation that `map_statistics` holds at a time.
+_CHUNK_ELEMENTS = 1 << 22
+
+
+class ChannelStatistics(NamedTuple):
+    """What a batch norm knows of a population of pixels.
+
+    Attributes:
+        mean: (C,) fp32 (fp64 for fp64 input).
+        var: (C,), divided by the number of pixels, not by one less.
+        count: 0-dim, number of pixels; mean and var are 0 where it is 0.
+    """
+
+    mean: Tensor
+    var: Tensor
+    count: Tensor
 
 
 class Projector(nn.Sequential):
-    """Maps a feature map to embeddings: hidden blocks of 1x1 conv-ReLU-BN, then a linear 1x1 conv.
+    """Maps a feature map to embeddings: hidden blocks of 1x1 conv-ReLU-norm, then a 1x1 conv.
+
+    Called on a map it projects every pixel. `project_rows` projects drawn pixels alone, with the
+    same parameters: the two are equal to rounding when the norms use the same statistics.
 
     Args:
         in_channels: C, channels of the feature map.
         embed_dim: D, width of the embeddings.
         num_hidden: number of hidden C -> C blocks; the paper describes 2, its release has 1.
-        bn_momentum: momentum of the running statistics of the batch norms. They are never used,
-            because the projector does not run at test time; the release has 3e-4.
+        norm: "batch", as in the paper, or "layer": over the channels of each pixel, without
+            statistics of other pixels.
+        bn_momentum: momentum of the running statistics of batch norms. They are never used, because
+            the projector does not run at test time; the release has 3e-4.
 
-    Shape: (B, C, h, w) -> (B, D, h, w). The output is not normalised: `gather_embeddings`
-    normalises the drawn pixels, which gives the same values without touching the whole map.
+    Shape: (B, C, h, w) -> (B, D, h, w). The output is not normalised: that is done to the drawn
+    pixels, which gives the same values without touching the whole map.
 
     Reference: Pissas et al., "Multi-scale and Cross-scale Contrastive Learning for Semantic
         Segmentation", ECCV 2022, section 3.2.
@@ -35,6 +66,7 @@ class Projector(nn.Sequential):
         embed_dim: int = 256,
         *,
         num_hidden: int = 2,
+        norm: Norm = "batch",
         bn_momentum: float = 0.1,
     ) -> None:
         for name, value, least in (
@@ -44,15 +76,172 @@ class Projector(nn.Sequential):
         ):
             if value < least:
                 raise ValueError(f"Projector({name}={value}): needs at least {least}.")
-        layers = []
+        if norm not in ("batch", "layer"):
+            raise ValueError(f"Projector(norm={norm!r}): choose 'batch' or 'layer'.")
+        layers: list[nn.Module] = []
         for _ in range(num_hidden):
             layers += [
                 nn.Conv2d(in_channels, in_channels, 1, bias=False),
                 nn.ReLU(),
-                nn.BatchNorm2d(in_channels, momentum=bn_momentum),
+                nn.BatchNorm2d(in_channels, momentum=bn_momentum)
+                if norm == "batch"
+                else ChannelLayerNorm(in_channels),
             ]
         layers.append(nn.Conv2d(in_channels, embed_dim, 1))
         super().__init__(*layers)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether an embedding depends on the statistics of other pixels."""
+        return any(isinstance(layer, _BatchNorm) for layer in self)
+
+    def project_rows(
+        self,
+        rows: Tensor,
+        valid: Tensor,
+        statistics: Sequence[ChannelStatistics] | None = None,
+    ) -> Tensor:
+        """Projects pixels that have been read off the feature map.
+
+        In training mode the batch norms use the given statistics, or else those of the valid rows,
+        through which gradients then flow. With SyncBatchNorm they are those of the rows of all
+        processes, each of which has to make the call; it may do so with no rows at all. A
+        population without any pixel leaves the running statistics as they are.
+
+        Args:
+            rows: (A, C).
+            valid: (A,) bool; other rows, which pad a draw, do not enter statistics.
+            statistics: one for each batch norm, as `map_statistics` returns; constants.
+
+        Returns:
+            (A, D), connected to the graph and to every parameter even where A = 0.
+        """
+        given = iter(statistics or ())
+        for layer in self:
+            if isinstance(layer, nn.Conv2d):
+                rows = F.linear(rows, layer.weight.flatten(1), layer.bias)
+            elif isinstance(layer, _BatchNorm):
+                found = next(given) if statistics else _over_processes(layer, _of_rows(rows, valid))
+                rows = _batch_norm(layer, rows, found)
+            else:
+                rows = layer(rows)
+        return rows
+
+    @torch.no_grad()
+    def map_statistics(self, features: Tensor) -> list[ChannelStatistics]:
+        """The statistics that the batch norms have in a training step on the whole map.
+
+        They come without a graph: used in `project_rows` they are constants of the backward pass,
+        whereas a batch norm also sends gradients through them. The cost is that of the hidden
+        convolutions on the whole map, forward only and n (n + 1) / 2 of them for n hidden blocks,
+        since each needs the statistics of the one before. The map is taken in chunks, so the memory
+        is that of a chunk. With SyncBatchNorm they are those of the maps of all processes.
+
+        Args:
+            features: (B, C, h, w).
+        """
+        found: list[ChannelStatistics] = []
+        for depth, layer in enumerate(self):
+            if isinstance(layer, _BatchNorm):
+                parts = [_of_map(self._hidden(chunk, depth, found)) for chunk in _chunks(features)]
+                found.append(_over_processes(layer, _joined(parts)))
+        return found
+
+    def _hidden(
+        self, features: Tensor, depth: int, statistics: Sequence[ChannelStatistics]
+    ) -> Tensor:
+        """The activation before layer `depth`, given the statistics of the norms up to there."""
+        given = iter(statistics)
+        hidden = features
+        for layer in islice(self, depth):
+            if isinstance(layer, nn.Conv2d):
+                # Detached, because autocast would keep a copy of the weight without a graph, and
+                # hand it to the layers that are to be trained.
+                hidden = F.conv2d(hidden, layer.weight.detach())
+            elif isinstance(layer, _BatchNorm):
+                mean, var, _ = next(given)
+                hidden = F.batch_norm(hidden, mean, var, layer.weight, layer.bias, eps=layer.eps)
+            else:
+                hidden = layer(hidden)
+        return hidden
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each pixel, of maps (B, C, h, w) and of rows (A, C)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.movedim(1, -1)).movedim(-1, 1)
+
+
+def _of_rows(rows: Tensor, valid: Tensor) -> ChannelStatistics:
+    """Statistics of the valid ones among rows (A, C), with a graph."""
+    rows = _at_least_fp32(rows)
+    weight = valid.to(rows.dtype)
+    count = weight.sum()
+    share = (weight / count.clamp(min=1))[:, None]
+    mean = (rows * share).sum(dim=0)
+    return ChannelStatistics(mean, ((rows - mean).square() * share).sum(dim=0), count)
+
+
+def _of_map(hidden: Tensor) -> ChannelStatistics:
+    hidden = _at_least_fp32(hidden)
+    var, mean = torch.var_mean(hidden, dim=(0, 2, 3), correction=0)
+    return ChannelStatistics(mean, var, mean.new_full((), hidden.numel() // hidden.shape[1]))
+
+
+def _chunks(features: Tensor) -> Iterator[Tensor]:
+    """Cuts a map into parts of several images, or of several rows of one image."""
+    _, channels, height, width = features.shape
+    images = max(1, _CHUNK_ELEMENTS // (channels * height * width))
+    rows = max(1, _CHUNK_ELEMENTS // (channels * width))
+    for part in features.split(images):
+        yield from part.split(rows, dim=2)
+
+
+def _over_processes(layer: _BatchNorm, statistics: ChannelStatistics) -> ChannelStatistics:
+    """Those of all processes, for a norm that is synchronised."""
+    if not isinstance(layer, nn.SyncBatchNorm) or world_size() == 1:
+        return statistics
+    mean, var, count = statistics
+    parts = gather_rows(torch.cat([mean, var, count[None]])[None], [1] * world_size())
+    channels = len(mean)
+    return _joined(
+        [ChannelStatistics(part[:channels], part[channels:-1], part[-1].detach()) for part in parts]
+    )
+
+
+def _joined(parts: Sequence[ChannelStatistics]) -> ChannelStatistics:
+    """Statistics of a population from those of its parts."""
+    means_NC, vars_NC, counts_N = (torch.stack(values) for values in zip(*parts, strict=True))
+    count = counts_N.sum()
+    share_N = (counts_N / count.clamp(min=1))[:, None]
+    mean = (means_NC * share_N).sum(dim=0)
+    var = ((vars_NC + (means_NC - mean).square()) * share_N).sum(dim=0)
+    return ChannelStatistics(mean, var, count)
+
+
+def _batch_norm(layer: _BatchNorm, rows: Tensor, statistics: ChannelStatistics) -> Tensor:
+    """Normalises rows (A, C) as the layer would, and moves its running statistics."""
+    mean, var = layer.running_mean, layer.running_var
+    if layer.training:
+        mean, var, count = statistics
+        _move_running_statistics(layer, statistics)
+    scale = layer.weight * (var + layer.eps).rsqrt()
+    return ((rows - mean) * scale + layer.bias).to(rows.dtype)
+
+
+@torch.no_grad()
+def _move_running_statistics(layer: _BatchNorm, statistics: ChannelStatistics) -> None:
+    mean, var, count = statistics
+    exists = (count > 0).to(mean.dtype)
+    unbiased = var * (count / (count - 1).clamp(min=1))
+    layer.running_mean.lerp_(mean, layer.momentum * exists)
+    layer.running_var.lerp_(unbiased, layer.momentum * exists)
+    layer.num_batches_tracked.add_(exists.to(layer.num_batches_tracked.dtype))
+
+
+def _at_least_fp32(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
 
 
 class MultiScaleProjector(nn.Module):
@@ -60,7 +249,7 @@ class MultiScaleProjector(nn.Module):
 
     Args:
         in_channels: channels of each feature map by name, e.g. {"res2": 64, "res5": 512}.
-        embed_dim, num_hidden, bn_momentum: as in `Projector`, the same for every map.
+        embed_dim, num_hidden, norm, bn_momentum: as in `Projector`, the same for every map.
     """
 
     def __init__(
@@ -69,6 +258,7 @@ class MultiScaleProjector(nn.Module):
         embed_dim: int = 256,
         *,
         num_hidden: int = 2,
+        norm: Norm = "batch",
         bn_momentum: float = 0.1,
     ) -> None:
         super().__init__()
@@ -77,10 +267,21 @@ class MultiScaleProjector(nn.Module):
         self.embed_dim = embed_dim
         self.heads = nn.ModuleDict(
             {
-                name: Projector(channels, embed_dim, num_hidden=num_hidden, bn_momentum=bn_momentum)
+                name: Projector(
+                    channels,
+                    embed_dim,
+                    num_hidden=num_hidden,
+                    norm=norm,
+                    bn_momentum=bn_momentum,
+                )
                 for name, channels in in_channels.items()
             }
         )
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the heads have batch norms."""
+        return any(head.has_batch_norm for head in self.heads.values())
 
     def keep(self, names: Iterable[str]) -> None:
         """Drops the heads of all other maps, so that no parameter goes without a gradient.
@@ -99,14 +300,8 @@ class MultiScaleProjector(nn.Module):
         for name in [name for name in self.heads if name not in names]:
             del self.heads[name]
 
-    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Projects the maps that have a head.
-
-        Args:
-            features: feature maps (B, C, h, w) by name; others than the projector's are ignored.
-
-        Returns:
-            Maps (B, D, h, w) by name, not normalised.
+    def select(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The feature maps that have a head, in the order of the heads.
 
         Raises:
             ValueError: a feature map is missing.
@@ -117,20 +312,18 @@ class MultiScaleProjector(nn.Module):
                 f"feature maps {missing} are not among those of the model, {sorted(features)}: "
                 "name them in the contrast's in_channels as the backbone or the decoder does."
             )
-        return {name: head(features[name]) for name, head in self.heads.items()}
+        return {name: features[name] for name in self.heads}
 
+    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Projects every pixel of the maps that have a head.
 
-def gather_embeddings(embeddings: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
-    """Reads pixels off an embedding map and normalises them.
+        Args:
+            features: feature maps (B, C, h, w) by name; others than the projector's are ignored.
 
-    Args:
-        embeddings: (B, D, h, w), not normalised.
-        image: (A,) int64, index in 0..B-1 of each drawn pixel.
-        pixel: (A,) int64, row-major index in 0..h*w-1 of each drawn pixel.
+        Returns:
+            Maps (B, D, h, w) by name, not normalised.
 
-    Returns:
-        (A, D) unit vectors, fp32 (fp64 for fp64 input), connected to the graph even where A = 0.
-    """
-    drawn = embeddings.flatten(2)[image, :, pixel]
-    dtype = torch.float64 if drawn.dtype == torch.float64 else torch.float32
-    return nn.functional.normalize(drawn.to(dtype), dim=1)
+        Raises:
+            ValueError: a feature map is missing.
+        """
+        return {name: self.heads[name](x) for name, x in self.select(features).items()}

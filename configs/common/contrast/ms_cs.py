@@ -18,6 +18,7 @@ ms_cs = L(MultiScaleContrast)(
         ),
         embed_dim=256,
         num_hidden=2,
+        norm="batch",
     ),
     sampler=L(BalancedSampler)(
         num_classes="${dataset.num_classes}",
@@ -35,6 +36,10 @@ ms_cs = L(MultiScaleContrast)(
     temperature=0.1,
     # True contrasts the anchors of all processes, with budgets for the global batch.
     across_processes=False,
+    # "sampled" projects the drawn pixels alone; batch norms then take norm_statistics="map" (of the
+    # whole map, as in dense projection) or "draw".
+    projection="dense",
+    norm_statistics=None,
 )
 
 ms_cs_release = deepcopy(ms_cs)
