@@ -3,19 +3,22 @@
 Shape letters: S scales (label maps of one step), B images, K classes, H W a label map, h w a
 feature map, A anchors of one scale.
 
-The draw of a step needs labels only, is made for all scales together, and waits for the device
-once, to learn how many pixels each class has in each image. No loop runs over images or classes.
+The draw of a step needs labels only and is made for all scales together. A stable sort brings
+together the pixels of each group (one scale, class and image), budgets say how many to take from
+each, and random ranks say which. No loop runs over images or classes, and the device is waited for
+once, to learn how many anchors there are, or not at all with `fixed_size`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 Balance = Literal["class", "image_class"]
 
@@ -26,14 +29,16 @@ class PixelDraw(NamedTuple):
     Attributes:
         image: (A,) int64, index of the image in the batch.
         pixel: (A,) int64, row-major index of the pixel in the (h, w) map.
-        labels: (A,) int64, class of the pixel.
-        class_counts: how many pixels were drawn of each class 0..K-1, host integers.
+        labels: (A,) int64, class of the pixel. A draw of fixed size ends in padding: slots of
+            label -1, whose image and pixel are valid indices of no meaning.
+        class_counts: how many pixels were drawn of each class 0..K-1, host integers. None in a draw
+            of fixed size, where the host does not know.
     """
 
     image: Tensor
     pixel: Tensor
     labels: Tensor
-    class_counts: tuple[int, ...]
+    class_counts: tuple[int, ...] | None
 
 
 def downsample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
@@ -78,6 +83,13 @@ class BalancedSampler:
     unless `across_processes` is set: then counts are summed over the processes, the budgets are for
     the global batch, and each process draws the share of its own images.
 
+    The size of an ordinary draw depends on the labels, so the host waits for the device, once per
+    call. With `fixed_size` it never waits: each scale gives min(`max_anchors`, B * h * w) slots,
+    first the anchors, which are those of the ordinary draw with the same random numbers, then
+    padding. Use it where shapes must not change or the queue of kernels must not run dry, as in
+    CUDA graphs. The price: padded slots enter every product of the loss, so set `max_anchors` near
+    the number that is really drawn.
+
     Args:
         num_classes: K.
         balance: the unit of balance.
@@ -86,6 +98,10 @@ class BalancedSampler:
         max_per_group: most anchors per class (or pair); None for no such bound.
         floor: least anchors per class (or pair) that has so many pixels; 0 as in the paper.
         across_processes: make the budgets for the global batch.
+        fixed_size: pad the draws to a size that does not depend on the labels.
+
+    Raises:
+        ValueError: an argument out of its range, or `fixed_size` with `across_processes`.
 
     Reference: Pissas et al., ECCV 2022, section 3.3 ("anchor sampling").
     """
@@ -100,6 +116,7 @@ class BalancedSampler:
         max_per_group: int | None = None,
         floor: int = 0,
         across_processes: bool = False,
+        fixed_size: bool = False,
     ) -> None:
         if balance not in ("class", "image_class"):
             raise ValueError(f"balance={balance!r}: choose 'class' or 'image_class'.")
@@ -118,6 +135,11 @@ class BalancedSampler:
             )
         if floor < 0:
             raise ValueError(f"floor={floor}: needs 0 (none) or more.")
+        if fixed_size and across_processes:
+            raise ValueError(
+                "fixed_size=True with across_processes=True: budgets of the global batch pass "
+                "through the host. Set one of them to False."
+            )
         self.num_classes = num_classes
         self.balance = balance
         self.max_anchors = max_anchors
@@ -125,6 +147,7 @@ class BalancedSampler:
         self.max_per_group = max_per_group
         self.floor = floor
         self.across_processes = across_processes
+        self.fixed_size = fixed_size
 
     @torch.no_grad()
     def __call__(
@@ -138,123 +161,197 @@ class BalancedSampler:
             generator: source of the draw, on the labels' device; None for the default one.
 
         Returns:
-            S draws, without repeated pixels. A draw may be empty.
+            S draws, without repeated pixels. A draw may be empty (or all padding).
         """
-        num_images, device = label_maps[0].shape[0], label_maps[0].device
-        groups, counts = self._group_pixels(label_maps)
-        counts_host = counts.cpu().numpy()  # the only wait for the device
-        quotas = self._quotas(counts_host)
+        device, num_images = label_maps[0].device, label_maps[0].shape[0]
+        capacities = [min(self.max_anchors, label_map.numel()) for label_map in label_maps]
+        order, bounds = self._sort_pixels(label_maps)
+        counts = bounds.diff().view(len(label_maps), self.num_classes + 2, num_images)
+        quotas = self._quotas(counts[:, 1:-1])
+        # As many random numbers as slots in either mode: the generator advances by the same amount
+        # whatever the labels are.
+        random = torch.randint(2**62, (sum(capacities),), generator=generator, device=device)
 
-        # A stable sort of randomly permuted pixels by group leaves each group contiguous, in
-        # random order; its first `quota` pixels are the draw.
-        permutation = torch.randperm(groups.numel(), generator=generator, device=device)
-        order = permutation[torch.argsort(groups[permutation], stable=True)]
-        picks = torch.from_numpy(_first_of_each(counts_host.ravel(), quotas.ravel()))
+        class_counts: list[tuple[int, ...] | None] = [None] * len(label_maps)
+        lengths = capacities
+        if not self.fixed_size:
+            per_class = quotas.sum(dim=2).cpu().numpy()  # the only wait for the device
+            class_counts = [tuple(row) for row in per_class.tolist()]
+            lengths = per_class.sum(axis=1).tolist()
+        starts = accumulate(capacities, initial=0)
+        slots = torch.cat(
+            [torch.arange(i, i + n, device=device) for i, n in zip(starts, lengths, strict=False)]
+        )
+
         # Safe from pageable memory: the copy takes the values before it returns.
-        drawn = order[picks.to(device, non_blocking=True)]
+        quotas = quotas.to(device, non_blocking=True)
+        group, rank = _group_of_slots(slots, quotas, capacities)
+        labels = group // num_images % (self.num_classes + 2) - 1
+        padding = labels == self.num_classes
+        # Beyond all pixels, where padding is in nobody's way.
+        first = bounds[group].masked_fill_(padding, order.numel())
+        place = draw_without_replacement(first, bounds[group + 1] - first, rank, random[slots])
+        chosen = order[place.clamp_(max=order.numel() - 1)]
+        labels.masked_fill_(padding, -1)
 
-        draws, first_pixel, first_anchor = [], 0, 0
-        for scale, label_map in enumerate(label_maps):
+        draws, first_pixel = [], 0
+        for label_map, chosen_s, labels_s, counts_s in zip(
+            label_maps, chosen.split(lengths), labels.split(lengths), class_counts, strict=True
+        ):
+            # Padding may have come upon a pixel of another scale.
+            index = (chosen_s - first_pixel).clamp_(0, label_map.numel() - 1)
             num_pixels = label_map[0].numel()
-            num_anchors = int(quotas[scale].sum())
-            chosen = drawn[first_anchor : first_anchor + num_anchors] - first_pixel
-            image = chosen.div(num_pixels, rounding_mode="floor")
-            pixel = chosen - image * num_pixels
-            labels = label_map.reshape(num_images, -1)[image, pixel].long()
-            class_counts = tuple(quotas[scale].sum(axis=1).tolist())
-            draws.append(PixelDraw(image, pixel, labels, class_counts))
-            first_pixel += num_images * num_pixels
-            first_anchor += num_anchors
+            image = index.div(num_pixels, rounding_mode="floor")
+            draws.append(PixelDraw(image, index - image * num_pixels, labels_s, counts_s))
+            first_pixel += label_map.numel()
         return draws
 
-    def _group_pixels(self, label_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Numbers the group (scale, class, image) of every pixel of the step, and counts them.
+    def _sort_pixels(self, label_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Sorts the pixels of all scales by group.
+
+        Groups are numbered by scale, class -1..K, image. Classes -1 and K hold what lies below and
+        above the range of labels: ignored pixels need no mask this way.
 
         Returns:
-            (pixels,) int32 group of each pixel, the last number for ignored ones, and the
-            (S, K, B) int64 pixel counts.
+            (pixels,) int64 order, row-major within each group, and (S * (K + 2) * B + 1,) int64
+            places where the groups begin and end in it.
         """
         num_images, device = label_maps[0].shape[0], label_maps[0].device
-        groups_per_scale = self.num_classes * num_images
-        num_groups = len(label_maps) * groups_per_scale
-        image = torch.arange(num_images, device=device, dtype=torch.int32)[:, None]
-        parts = []
-        for scale, label_map in enumerate(label_maps):
-            labels = label_map.flatten(1).to(torch.int32)
-            group = labels * num_images + image + scale * groups_per_scale
-            valid = (labels >= 0) & (labels < self.num_classes)
-            parts.append(torch.where(valid, group, num_groups).flatten())
-        groups = torch.cat(parts)
-        counts = torch.zeros(num_groups + 1, dtype=torch.int64, device=device)
-        counts.scatter_add_(0, groups.long(), torch.ones_like(groups, dtype=torch.int64))
-        return groups, counts[:-1].view(len(label_maps), self.num_classes, num_images)
+        per_scale = (self.num_classes + 2) * num_images
+        num_groups = len(label_maps) * per_scale
+        sizes = [label_map.numel() for label_map in label_maps]
+        labels = torch.empty(
+            sum(sizes), dtype=torch.promote_types(label_maps[0].dtype, torch.int32), device=device
+        )
+        for label_map, part in zip(label_maps, labels.split(sizes), strict=True):
+            part.view_as(label_map).copy_(label_map)
+        # The sort is the largest cost, and goes by the bytes of the keys.
+        dtype = torch.int16 if num_groups < 2**15 else torch.int32
+        keys = labels.clamp_(-1, self.num_classes).to(dtype)
+        images = torch.arange(num_images, dtype=dtype, device=device)[:, None]
+        for scale, part in enumerate(keys.split(sizes)):
+            part = part.view(num_images, -1)
+            torch.add(images + (scale * per_scale + num_images), part, alpha=num_images, out=part)
+        sorted_keys, order = torch.sort(keys, stable=True)
+        numbers = torch.arange(num_groups + 1, dtype=dtype, device=device)
+        return order, torch.searchsorted(sorted_keys, numbers)
 
-    def _quotas(self, counts: np.ndarray) -> np.ndarray:
+    def _quotas(self, counts: Tensor) -> Tensor:
         """How many pixels to draw from each group of this process: (S, K, B) -> (S, K, B)."""
         if not (self.across_processes and dist.is_available() and dist.is_initialized()):
             return self._balance(counts)
-        gathered: list[np.ndarray] = [counts] * dist.get_world_size()
+        counts = counts.cpu()  # the only wait for the device, in this case
+        gathered: list[Tensor] = [counts] * dist.get_world_size()
         dist.all_gather_object(gathered, counts)
-        quotas = self._balance(np.concatenate(gathered, axis=2))
-        first = sum(part.shape[2] for part in gathered[: dist.get_rank()])
-        return quotas[:, :, first : first + counts.shape[2]]
+        quotas = self._balance(torch.cat(gathered, dim=2))
+        return quotas.split([part.shape[2] for part in gathered], dim=2)[dist.get_rank()]
 
-    def _balance(self, counts: np.ndarray) -> np.ndarray:
+    def _balance(self, counts: Tensor) -> Tensor:
         """Applies the budgets: (S, K, B) pixel counts -> (S, K, B) quotas."""
         if self.balance == "image_class":
-            eligible = counts >= self.min_pixels
-            return np.where(eligible, np.minimum(counts, self._target(counts, eligible)), 0)
-        per_class = counts.sum(axis=2, keepdims=True)
-        eligible = per_class >= self.min_pixels
-        wanted = np.where(eligible, np.minimum(per_class, self._target(per_class, eligible)), 0)
-        return share_equally(counts, wanted[:, :, 0])
+            return self._wanted(counts)
+        return share_equally(counts, self._wanted(counts.sum(dim=2, keepdim=True)).squeeze(2))
 
-    def _target(self, counts: np.ndarray, eligible: np.ndarray) -> np.ndarray:
-        """The common quota of the eligible groups of each scale: (S, ...) -> (S, 1, 1)."""
-        axes = (1, 2)
-        num_groups = eligible.sum(axis=axes, keepdims=True)
-        rarest = np.where(eligible, counts, np.iinfo(np.int64).max).min(axis=axes, keepdims=True)
-        target = np.maximum(rarest, self.floor)
-        if self.max_per_group is not None:
-            target = np.minimum(target, self.max_per_group)
-        return np.minimum(target, self.max_anchors // np.maximum(num_groups, 1))
+    def _wanted(self, counts: Tensor) -> Tensor:
+        """Quotas by the common target of each scale: (S, ...) sizes of the units of balance."""
+        eligible = counts >= self.min_pixels
+        num_eligible = eligible.sum(dim=(1, 2), keepdim=True)
+        most = torch.iinfo(counts.dtype).max
+        rarest = counts.masked_fill(~eligible, most).amin(dim=(1, 2), keepdim=True)
+        target = rarest.clamp(min=self.floor, max=self.max_per_group)
+        target = target.minimum(self.max_anchors // num_eligible.clamp(min=1))
+        return counts.minimum(target).masked_fill(~eligible, 0)
 
 
-def share_equally(counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+def share_equally(counts: Tensor, wanted: Tensor) -> Tensor:
     """Shares a number of draws among groups as equally as their sizes allow.
 
     What a small group cannot give is redistributed over the others, until the total is reached;
     quotas of groups that are not exhausted differ by at most one.
 
     Args:
-        counts: (..., B) sizes of the groups.
-        wanted: (...) draws in all, at most the sum of the sizes.
+        counts: (..., B) int64 sizes of the groups.
+        wanted: (...) int64 draws in all, at most the sum of the sizes.
 
     Returns:
-        (..., B) quotas, each at most its count, that sum to `wanted`.
+        (..., B) int64 quotas, each at most its count, that sum to `wanted`.
     """
     num_groups = counts.shape[-1]
-    order = np.argsort(counts, axis=-1, kind="stable")
-    ascending = np.take_along_axis(counts, order, axis=-1)
-    given_before = np.cumsum(ascending, axis=-1) - ascending
+    ascending, order = counts.sort(dim=-1, stable=True)
+    given_before = ascending.cumsum(dim=-1) - ascending
     # In ascending order, group i is exhausted while it holds no more than an equal share of what
-    # the smaller groups left over.
-    takers = num_groups - np.arange(num_groups)
-    left = wanted[..., None] - given_before
-    exhausted = np.logical_and.accumulate(ascending * takers <= left, axis=-1)
-    num_exhausted = exhausted.sum(axis=-1, keepdims=True)
-    given = np.where(exhausted, ascending, 0).sum(axis=-1, keepdims=True)
-    remaining_takers = np.maximum(num_groups - num_exhausted, 1)
-    share, extra = np.divmod(wanted[..., None] - given, remaining_takers)
+    # the smaller groups left over. Once one is not, no larger one is.
+    rank = torch.arange(num_groups, device=counts.device)
+    exhausted = ascending * (num_groups - rank) <= wanted[..., None] - given_before
+    given = ascending.masked_fill(~exhausted, 0)
+    takers = num_groups - exhausted.sum(dim=-1, keepdim=True)
+    left = wanted[..., None] - given.sum(dim=-1, keepdim=True)
+    share = left.div(takers.clamp(min=1), rounding_mode="floor")
     # The largest groups take the remainder of the division.
-    quotas = np.where(exhausted, ascending, share + (np.arange(num_groups) >= num_groups - extra))
-    result = np.empty_like(quotas)
-    np.put_along_axis(result, order, quotas, axis=-1)
-    return result
+    share = share + (rank >= num_groups - (left - share * takers))
+    return torch.empty_like(counts).scatter_(-1, order, torch.where(exhausted, given, share))
 
 
-def _first_of_each(counts: np.ndarray, quotas: np.ndarray) -> np.ndarray:
-    """Positions of the first `quotas[g]` members of each group in an array sorted by group."""
-    starts = np.cumsum(counts) - counts
-    drawn_before = np.cumsum(quotas) - quotas
-    return np.repeat(starts - drawn_before, quotas) + np.arange(quotas.sum())
+def draw_without_replacement(first: Tensor, size: Tensor, rank: Tensor, random: Tensor) -> Tensor:
+    """Draws places from ranges of places, none twice, every subset of a range equally likely.
+
+    The Fisher-Yates shuffle, of which only the drawn head is computed, for all draws of all ranges
+    at once. In sequence it reads: for each draw, swap place `first + rank` with a random one that
+    is not before it in the range; what comes to `first + rank` is drawn. That is what the random
+    place held from the beginning, unless an earlier draw swapped into it: then, what that draw had
+    at its own place. Sorting the swaps by place finds the earlier draw, and pointer doubling what
+    was at its place, which a still earlier draw may have brought there.
+
+    Args:
+        first: (A,) int64, where the range of each draw begins. Ranges must not overlap; draws of
+            one range are neighbours.
+        size: (A,) int64 length of the range. Must exceed `rank` for the result to be in the range.
+        rank: (A,) int64, 0, 1, ... among the draws of a range.
+        random: (A,) int64, uniform in 0..2^62-1.
+
+    Returns:
+        (A,) int64 places.
+
+    Reference: Durstenfeld, "Algorithm 235: random permutation", Communications of the ACM, 1964.
+    """
+    index = torch.arange(len(first), device=first.device)
+    own = first + rank
+    swapped = own + random % (size - rank).clamp(min=1)
+
+    # Draws that swapped into the same place are neighbours, the earlier before the later.
+    places, draws = swapped.sort(stable=True)
+    before, repeated = draws.roll(1), places == places.roll(1)
+    repeated[:1] = False
+    # The draw that swapped into the same place before; the draw itself where there is none.
+    earlier = torch.empty_like(draws).scatter_(0, draws, torch.where(repeated, before, draws))
+
+    # The draw that brought to the own place of each draw what it holds when its turn comes: the
+    # last one that swapped into it, other than the draw itself, which may have stayed where it is.
+    last = draws[(torch.searchsorted(places, own, right=True) - 1).clamp(min=0)]
+    origin = torch.where(last == index, earlier, last)
+    origin = torch.where(swapped[last] == own, origin, index)
+    for _ in range(len(first).bit_length()):  # no chain is longer than the draws are many
+        origin = origin.index_select(0, origin)
+    return torch.where(earlier == index, swapped, own[origin[earlier]])
+
+
+def _group_of_slots(
+    slots: Tensor, quotas: Tensor, capacities: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """The group that each slot draws from, and the rank of the slot in it.
+
+    Args:
+        slots: (A,) int64 numbers of slots; each scale has as many as its capacity.
+        quotas: (S, K, B) int64 draws from each group.
+        capacities: S ints, at least the draws of the scale.
+
+    Returns:
+        (A,) int64 groups, with numbers for the classes -1..K, and (A,) int64 ranks. Slots past the
+        draws of their scale are padding: their group is the last one of class K.
+    """
+    quotas = F.pad(quotas, (0, 0, 1, 1))
+    room = torch.cat([quotas.new_full((1,), capacity) for capacity in capacities])
+    quotas[:, -1, -1] = room - quotas.sum(dim=(1, 2))
+    ends = quotas.flatten().cumsum(dim=0)
+    group = torch.searchsorted(ends, slots, right=True)
+    return group, slots - (ends - quotas.flatten())[group]

@@ -97,17 +97,19 @@ def test_equal_shares_are_those_of_dealing_one_by_one() -> None:
     for _ in range(1000):
         sizes = [rng.choice([0, 1, 2, 3, 10, 30]) for _ in range(rng.randint(1, 7))]
         wanted = rng.randint(0, sum(sizes))
-        shares = share_equally(np.array(sizes), np.array(wanted))
-        assert shares.sum() == wanted and (shares <= sizes).all() and (shares >= 0).all()
-        assert sorted(shares.tolist()) == sorted(references.deal(sizes, wanted)), (sizes, wanted)
+        shares = share_equally(torch.tensor(sizes), torch.tensor(wanted))
+        shares = shares.tolist()
+        assert sum(shares) == wanted
+        assert all(0 <= share <= size for share, size in zip(shares, sizes, strict=True))
+        assert sorted(shares) == sorted(references.deal(sizes, wanted)), (sizes, wanted)
 
 
 def test_equal_shares_of_several_rows_are_those_of_each() -> None:
-    sizes = np.random.randint(0, 20, (2, 5, 4))
-    wanted = np.random.randint(0, sizes.sum(axis=-1) + 1)
+    sizes = torch.randint(0, 20, (2, 5, 4))
+    wanted = (torch.rand(2, 5) * (sizes.sum(dim=-1) + 1)).long()
     shares = share_equally(sizes, wanted)
     for index in np.ndindex(2, 5):
-        np.testing.assert_array_equal(shares[index], share_equally(sizes[index], wanted[index]))
+        assert torch.equal(shares[index], share_equally(sizes[index], wanted[index]))
 
 
 # ---- budgets
