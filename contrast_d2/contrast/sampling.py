@@ -191,15 +191,16 @@ class BalancedSampler:
         # Beyond all pixels, where padding is in nobody's way.
         first = bounds[group].masked_fill_(padding, order.numel())
         place = draw_without_replacement(first, bounds[group + 1] - first, rank, random[slots])
-        chosen = order[place.clamp_(max=order.numel() - 1)]
+        chosen = order[place % order.numel()]
         labels.masked_fill_(padding, -1)
 
         draws, first_pixel = [], 0
         for label_map, chosen_s, labels_s, counts_s in zip(
             label_maps, chosen.split(lengths), labels.split(lengths), class_counts, strict=True
         ):
-            # Padding may have come upon a pixel of another scale.
-            index = (chosen_s - first_pixel).clamp_(0, label_map.numel() - 1)
+            # Padding may have come upon a pixel of another scale. The remainders keep it spread:
+            # gradients that all fall on one pixel would have to queue.
+            index = (chosen_s - first_pixel) % label_map.numel()
             num_pixels = label_map[0].numel()
             image = index.div(num_pixels, rounding_mode="floor")
             draws.append(PixelDraw(image, index - image * num_pixels, labels_s, counts_s))

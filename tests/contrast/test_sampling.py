@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from pathlib import Path
@@ -11,10 +12,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from contrast_d2.contrast import BalancedSampler, PixelDraw, downsample_labels
-from contrast_d2.contrast.sampling import share_equally
+from contrast_d2.contrast.sampling import draw_without_replacement, share_equally
 
 from . import references
 
@@ -233,6 +236,24 @@ def test_maps_without_classes_give_empty_draws(balance: str) -> None:
     assert all(draw.pixel.dtype == draw.image.dtype == torch.long for draw in draws)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+def test_draws_do_not_depend_on_the_type_of_the_labels(dtype: torch.dtype) -> None:
+    label_map, sampler = counted_map([6, 90, 30], [20, 5, 60]), BalancedSampler(3)
+    expected, actual = (
+        sampler([labels], torch.Generator().manual_seed(0))[0]
+        for labels in (label_map, label_map.to(dtype))
+    )
+    assert _pixels(actual) == _pixels(expected)
+    assert torch.equal(actual.labels, expected.labels)
+
+
+def test_values_that_wrap_to_a_class_are_ignored() -> None:
+    # Each is 1 in its low 8, 16 or 32 bits.
+    values = [1, 257, 2**16 + 1, 1 - 2**16, 2**32 + 1, 1 - 2**32, 0]
+    draw = sample(torch.tensor(values).view(1, 1, -1), 2)
+    assert _pixels(draw) == [(0, 6), (0, 0)]
+
+
 def test_scales_do_not_limit_each_other() -> None:
     coarse, fine = counted_map([2, 3], [1, 4]), counted_map([80, 90], [20, 300])
     sampler = BalancedSampler(2, balance="image_class")
@@ -284,6 +305,176 @@ def test_every_pixel_and_every_pair_of_pixels_is_equally_likely() -> None:
     assert ((together - trials * probability).abs() < 4.5 * deviation).all()
 
 
+def _swap_one_by_one(sizes: list[int], quotas: list[int], numbers: list[int]) -> list[int]:
+    """The shuffle as it is written in the textbook."""
+    drawn, first, numbers = [], 0, iter(numbers)
+    for size, quota in zip(sizes, quotas, strict=True):
+        places = list(range(first, first + size))
+        for i in range(quota):
+            j = i + next(numbers) % (size - i)
+            places[i], places[j] = places[j], places[i]
+        drawn += places[:quota]
+        first += size
+    return drawn
+
+
+def _draw_heads(sizes: list[int], quotas: list[int], numbers: list[int]) -> list[int]:
+    size_G, quota_G = torch.tensor(sizes), torch.tensor(quotas)
+    first_G = size_G.cumsum(dim=0) - size_G
+    rank = [i for quota in quotas for i in range(quota)]
+    return draw_without_replacement(
+        first_G.repeat_interleave(quota_G),
+        size_G.repeat_interleave(quota_G),
+        torch.tensor(rank, dtype=torch.long),
+        torch.tensor(numbers, dtype=torch.long),
+    ).tolist()
+
+
+def test_shuffle_is_that_of_swapping_one_by_one() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        sizes = [rng.choice([0, 1, 2, 3, 8, 20, 100]) for _ in range(rng.randint(1, 6))]
+        quotas = [rng.choice([0, n, n // 2, rng.randint(0, n)]) for n in sizes]
+        numbers = [rng.randrange(2**62) for _ in range(sum(quotas))]
+        expected = _swap_one_by_one(sizes, quotas, numbers)
+        assert _draw_heads(sizes, quotas, numbers) == expected, (sizes, quotas)
+
+
+@pytest.mark.parametrize("quota", [512, 513, 1000])
+def test_shuffle_follows_the_longest_chain_of_swaps(quota: int) -> None:
+    # Every place passes its content on to the next, so the last one brings up the first.
+    sizes, quotas, numbers = [1000], [quota], [1] * (quota - 1) + [0]
+    drawn = _draw_heads(sizes, quotas, numbers)
+    assert drawn == _swap_one_by_one(sizes, quotas, numbers)
+    assert drawn[-1] == 0
+
+
+def test_shuffle_reaches_every_ordered_draw_once() -> None:
+    choices = list(itertools.product(range(5), range(4), range(3)))
+    drawn = _draw_heads([5] * 60, [3] * 60, [number for row in choices for number in row])
+    triples = {
+        tuple(place - 5 * row for place in drawn[3 * row : 3 * row + 3]) for row in range(60)
+    }
+    assert triples == set(itertools.permutations(range(5), 3))
+
+
+# ---- draws of fixed size
+
+
+@pytest.mark.parametrize("balance", ["class", "image_class"])
+def test_fixed_size_draws_the_same_and_pads(balance: str) -> None:
+    rng = random.Random(2)
+    for seed in range(30):
+        num_classes, num_images = rng.randint(1, 7), rng.randint(1, 4)
+        budgets = {
+            "balance": balance,
+            "max_anchors": rng.choice([14, 60, 10_000]),
+            "min_pixels": rng.choice([1, 20]),
+            "floor": rng.choice([0, 8]),
+        }
+        maps = [random_map(num_images, size, size + 3, num_classes) for size in (1, 9, 4, 16)]
+        generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+        ordinary = BalancedSampler(num_classes, **budgets)(maps, generators[0])
+        fixed = BalancedSampler(num_classes, fixed_size=True, **budgets)(maps, generators[1])
+        assert torch.equal(generators[0].get_state(), generators[1].get_state())
+        for draw, padded, label_map in zip(ordinary, fixed, maps, strict=True):
+            number, slots = len(draw.labels), min(budgets["max_anchors"], label_map.numel())
+            assert padded.image.shape == padded.pixel.shape == padded.labels.shape == (slots,)
+            for name in ("image", "pixel", "labels"):
+                assert torch.equal(getattr(padded, name)[:number], getattr(draw, name))
+            assert (padded.labels[number:] == -1).all()
+            label_map.flatten(1)[padded.image, padded.pixel]  # raises for a wrong index
+            assert (padded.image >= 0).all() and (padded.pixel >= 0).all()
+            assert padded.class_counts is None
+
+
+def test_padding_does_not_pile_up_on_a_pixel() -> None:
+    maps = [counted_map([20, 4000], [10, 3000]), counted_map([2, 1000], [3, 900])]
+    for draw in BalancedSampler(2, max_anchors=1500, fixed_size=True)(maps):
+        padding = draw.labels < 0
+        assert padding.sum() > 1000
+        assert Counter(_pixels(draw)).most_common(1)[0][1] <= 3
+
+
+class _HostReads(TorchFunctionMode):
+    """Records the calls that make the host wait for a device, or whose result has a size that it
+    does not know."""
+
+    names = {
+        "__bool__",
+        "__float__",
+        "__index__",
+        "__int__",
+        "argwhere",
+        "bincount",
+        "cpu",
+        "item",
+        "masked_select",
+        "nonzero",
+        "numpy",
+        "repeat_interleave",
+        "tolist",
+        "unique",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        masked = name in ("__getitem__", "__setitem__") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        if name in self.names or masked:
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("balance", ["class", "image_class"])
+def test_an_ordinary_draw_reads_from_the_device_once(balance: str) -> None:
+    maps = [counted_map([9, 50, 30], [20, 0, 60]) for _ in range(4)]
+    with _HostReads() as reads:
+        BalancedSampler(3, balance=balance)(maps)
+    assert reads.calls == ["cpu", "numpy"]  # all scales; the second turns what the first has read
+
+
+@pytest.mark.parametrize("balance", ["class", "image_class"])
+def test_a_draw_of_fixed_size_reads_nothing_from_the_device(balance: str) -> None:
+    sampler = BalancedSampler(3, balance=balance, max_anchors=600, floor=8, fixed_size=True)
+    # Tensors that have a device and a shape but no values: what needs a value raises, and so does
+    # what mixes devices.
+    with FakeTensorMode(), _HostReads() as reads:
+        maps = [torch.zeros(2, size, size, dtype=torch.long, device="cuda") for size in (32, 8)]
+        draws = sampler(maps)
+    assert reads.calls == []
+    assert [draw.labels.shape for draw in draws] == [(600,), (128,)]
+    assert all(value.device.type == "cuda" for draw in draws for value in draw[:3])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("balance", ["class", "image_class"])
+def test_a_draw_of_fixed_size_does_not_wait_for_the_gpu(balance: str) -> None:
+    maps = [random_map(4, size, size, 7).cuda() for size in (64, 16)]
+    sampler = BalancedSampler(7, balance=balance, max_anchors=500, floor=8, fixed_size=True)
+    sampler(maps)  # what is set up once may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        draws = sampler(maps, torch.Generator("cuda").manual_seed(0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    ordinary = BalancedSampler(7, balance=balance, max_anchors=500, floor=8)
+    for padded, draw in zip(
+        draws, ordinary(maps, torch.Generator("cuda").manual_seed(0)), strict=True
+    ):
+        number = len(draw.labels)
+        assert 0 < number < len(padded.labels)
+        assert _pixels(padded)[:number] == _pixels(draw)
+        assert (padded.labels[number:] == -1).all()
+
+
 # ---- errors
 
 
@@ -296,6 +487,10 @@ def test_every_pixel_and_every_pair_of_pixels_is_equally_likely() -> None:
         ({"min_pixels": 0}, "min_pixels=0"),
         ({"max_per_group": 1}, "max_per_group=1.*2 or more"),
         ({"floor": -1}, "floor=-1"),
+        (
+            {"fixed_size": True, "across_processes": True},
+            "fixed_size=True with across_processes=True.*Set one of them to False",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
