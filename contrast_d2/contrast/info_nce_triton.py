@@ -1,0 +1,649 @@
+"""The InfoNCE on NVIDIA GPUs: value and gradient in linear memory, written in Triton.
+
+The equations are those of `info_nce`. Similarities are computed block by block and thrown away, in
+three passes:
+
+1. n_i, the log-sum-exp over the negatives of each anchor, with a running maximum;
+2. sums over the positives of each anchor. Pairs of blocks that share no class are skipped, which
+   leaves little to do where the samples come sorted by class, and all where they do not;
+3. the gradients. Row i of d total / d s needs n_i. Where the anchors meet each other, s_ij = s_ji,
+   and what s_ji owes to n_j is added in the same visit.
+
+Each program owns a block of rows and visits one of several equal shares of the columns, so that
+there are programs enough for all multiprocessors, however few the rows. It writes its results to a
+place of its own, and the shares are added up later: no atomic additions, equal inputs give equal
+results.
+
+Shape letters: A anchors, C contrast samples, D embedding width. In the kernels the rows are the
+samples that a program owns (R in a block), the columns those it visits (Q in a block), S the
+shares; WIDTH is D rounded up to a power of two, of which BLOCK_D are multiplied at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernel_result import KernelResult
+
+try:
+    # Of PyTorch's wheels, only those for CUDA bring it.
+    triton, tl = import_module("triton"), import_module("triton.language")
+except ImportError:
+    triton = tl = None
+
+# Programs per multiprocessor: enough to even out the last round. With blocks of 64 rows it also
+# bounds what the shares of the gradients take, on any GPU and for any A: 35 MB on one of 132
+# multiprocessors, at D = 256.
+_PROGRAMS_PER_PROCESSOR = 4
+# Wider rows would leave the accumulator of a gradient fewer than the 16 rows that a product needs.
+_MAX_WIDTH = 1024
+
+
+def _jit(function: Callable) -> Any:
+    """`triton.jit`, for kernels whose sizes change in every step: no compilation per divisor.
+
+    Where there is no Triton nothing calls the kernels, and they stay plain functions.
+    """
+    if triton is None:
+        return function
+    return triton.jit(function, do_not_specialize=["num_rows", "num_columns"])
+
+
+def is_available(embeddings: Tensor) -> bool:
+    """Whether `triton_info_nce` can take such embeddings.
+
+    It needs Triton 3 and an NVIDIA GPU of the Ampere generation or later. With TRITON_INTERPRET=1
+    in the environment when Triton is first imported, its interpreter takes tensors of any device.
+
+    Args:
+        embeddings: (A, D), of any A.
+    """
+    if triton is None or int(triton.__version__.split(".")[0]) < 3:
+        return False
+    if embeddings.dtype == torch.float64 or embeddings.shape[1] > _MAX_WIDTH:
+        return False
+    if _is_interpreted():
+        return True
+    return (
+        embeddings.is_cuda
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(embeddings.device) >= (8, 0)
+    )
+
+
+def triton_info_nce(
+    anchors: Tensor,
+    labels: Tensor,
+    contrast: Tensor | None,
+    contrast_labels: Tensor | None,
+    *,
+    temperature: float,
+    anchors_lead_contrast: bool,
+    needs_gradient: tuple[bool, bool],
+    products: Literal["fp32", "bf16"],
+) -> KernelResult:
+    """Sums the losses of the anchors and their gradients, without waiting for the device.
+
+    Args:
+        anchors: (A, D) fp32.
+        labels: (A,) integer classes; an anchor with a negative label is padding.
+        contrast: (C, D) fp32; None contrasts the anchors among themselves, each without itself.
+        contrast_labels: (C,) integer classes; a negative one is neither positive nor negative.
+        temperature: divides the similarities; above 0.
+        anchors_lead_contrast: the first A contrast samples are the anchors, in their order.
+        needs_gradient: of the anchors, of the contrast set.
+        products: "fp32" multiplies as PyTorch is set to multiply matrices: by default with the
+            accuracy of fp32, in three products of TF32 parts, else in one product of TF32. "bf16"
+            rounds the factors to bf16; similarities and sums stay in fp32.
+
+    Returns:
+        Sums and gradients, fp32.
+    """
+    within = contrast is None or contrast_labels is None
+    if within:
+        contrast, contrast_labels = anchors, labels
+    needs_d_anchors, needs_d_contrast = needs_gradient[0], needs_gradient[1] and not within
+    if not len(anchors) or not len(contrast):
+        return KernelResult(
+            anchors.new_zeros(()),
+            anchors.new_zeros(()),
+            torch.zeros_like(anchors) if needs_d_anchors else None,
+            torch.zeros_like(contrast) if needs_d_contrast else None,
+        )
+    kernels = _Kernels(anchors, temperature, products)
+    rows = kernels.prepare(anchors, labels)
+    columns = rows if within else kernels.prepare(contrast, contrast_labels)
+    exclude_self = within or anchors_lead_contrast
+
+    lse = kernels.negatives(rows, columns)
+    loss, pull, number = kernels.positives(rows, columns, lse, exclude_self)
+    weight = number.clamp(min=1).reciprocal()
+    terms = _AnchorTerms(lse, weight, pull * weight)
+    d_anchors = d_contrast = None
+    if needs_d_anchors:
+        d_anchors = kernels.gradient(
+            rows,
+            columns,
+            terms,
+            rows_are_anchors=True,
+            columns_are_anchors=within,
+            exclude_self=exclude_self,
+        )
+    if needs_d_contrast:
+        d_contrast = kernels.gradient(
+            columns,
+            rows,
+            terms,
+            rows_are_anchors=False,
+            columns_are_anchors=True,
+            exclude_self=exclude_self,
+        )
+    return KernelResult(
+        total=(loss * weight).sum(),
+        num_valid=(number > 0).sum(dtype=loss.dtype),
+        d_anchors=d_anchors,
+        d_contrast=d_contrast,
+    )
+
+
+# ---- parts of the kernels
+
+
+@_jit
+def _share_of_columns(num_columns, BLOCK_Q: tl.constexpr):
+    """Begin and end of the columns that this program visits."""
+    blocks = tl.cdiv(tl.cdiv(num_columns, BLOCK_Q), tl.num_programs(1))
+    begin = tl.program_id(1) * blocks * BLOCK_Q
+    return begin, tl.minimum(begin + blocks * BLOCK_Q, num_columns)
+
+
+@_jit
+def _load(pointer, start, number, first, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D):
+    """(BLOCK, BLOCK_D): samples from `start` on, at most `number` in all; their elements from
+    `first` on. Zeros beyond."""
+    rows, elements = tl.arange(0, BLOCK), first + tl.arange(0, BLOCK_D)
+    # 64 bits for the one product that can pass 2^31.
+    block = pointer + tl.cast(start, tl.int64) * D
+    inside = (start + rows < number)[:, None] & (elements < D)[None, :]
+    return tl.load(block + rows[:, None] * D + elements[None, :], mask=inside, other=0.0)
+
+
+@_jit
+def _load_labels(pointer, samples, number):
+    """Labels of the samples; -1 beyond the last."""
+    return tl.load(pointer + samples, mask=samples < number, other=-1)
+
+
+@_jit
+def _similarities(
+    x,
+    y,
+    row_pointer,
+    row_start,
+    num_rows,
+    column_pointer,
+    column_start,
+    num_columns,
+    scale,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(R, Q) scalar products over the temperature; `x` and `y` are the first BLOCK_D elements."""
+    if BLOCK_D == WIDTH:
+        return tl.dot(x, tl.trans(y), input_precision=PRECISION) * scale
+    products = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
+    # No tl.static_range: the compiler would keep all elements of the rows on the chip.
+    for first in range(0, WIDTH, BLOCK_D):
+        x = _load(row_pointer, row_start, num_rows, first, BLOCK_R, D, BLOCK_D)
+        y = _load(column_pointer, column_start, num_columns, first, BLOCK_Q, D, BLOCK_D)
+        products = tl.dot(x, tl.trans(y), products, input_precision=PRECISION)
+    return products * scale
+
+
+@_jit
+def _pairs(rows, columns, row_labels, column_labels, EXCLUDE_SELF: tl.constexpr):
+    """(R, Q) masks of the positive and of the negative pairs."""
+    same = row_labels[:, None] == column_labels[None, :]
+    known = (row_labels >= 0)[:, None] & (column_labels >= 0)[None, :]
+    positive = same & known
+    if EXCLUDE_SELF:
+        positive = positive & (rows[:, None] != columns[None, :])
+    return positive, known & (row_labels[:, None] != column_labels[None, :])
+
+
+@_jit
+def _may_share_a_class(row_labels, column_labels):
+    """Whether the ranges of the known labels overlap: never False where there is a positive."""
+    row_low = tl.min(tl.where(row_labels < 0, 2147483647, row_labels), axis=0)
+    column_low = tl.min(tl.where(column_labels < 0, 2147483647, column_labels), axis=0)
+    row_high, column_high = tl.max(row_labels, axis=0), tl.max(column_labels, axis=0)
+    return (row_low <= column_high) & (column_low <= row_high)
+
+
+@_jit
+def _sigmoid(x):
+    """1 / (1 + e^-x), exact in both tails."""
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@_jit
+def _softplus(x):
+    """log(1 + e^x), exact in both tails."""
+    small = tl.exp(-tl.abs(x))
+    # log1p(e) without a library call: the rounding of 1 + e cancels in log(u) / (u - 1).
+    above = 1.0 + small
+    step = above - 1.0
+    lost = step == 0.0
+    log1p = tl.where(lost, small, tl.log(above) * (small / tl.where(lost, 1.0, step)))
+    return tl.maximum(x, 0.0) + log1p
+
+
+# ---- kernels
+
+
+@_jit
+def _negatives_kernel(
+    row_pointer,
+    row_label_pointer,
+    column_pointer,
+    column_label_pointer,
+    lse_pointer,
+    num_rows,
+    num_columns,
+    scale,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Writes the (S, A) log-sum-exps of the anchors over the negatives of each share."""
+    row_start = tl.program_id(0) * BLOCK_R
+    rows = row_start + tl.arange(0, BLOCK_R)
+    row_labels = _load_labels(row_label_pointer, rows, num_rows)
+    x = _load(row_pointer, row_start, num_rows, 0, BLOCK_R, D, BLOCK_D)
+    maximum = tl.full((BLOCK_R,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_R,), tl.float32)
+    begin, end = _share_of_columns(num_columns, BLOCK_Q)
+    for start in range(begin, end, BLOCK_Q):
+        columns = start + tl.arange(0, BLOCK_Q)
+        column_labels = _load_labels(column_label_pointer, columns, num_columns)
+        y = _load(column_pointer, start, num_columns, 0, BLOCK_Q, D, BLOCK_D)
+        logits = _similarities(
+            x,
+            y,
+            row_pointer,
+            row_start,
+            num_rows,
+            column_pointer,
+            start,
+            num_columns,
+            scale,
+            D,
+            WIDTH,
+            BLOCK_R,
+            BLOCK_Q,
+            BLOCK_D,
+            PRECISION,
+        )
+        _, negative = _pairs(rows, columns, row_labels, column_labels, False)
+        logits = tl.where(negative, logits, float("-inf"))
+        higher = tl.maximum(maximum, tl.max(logits, axis=1))
+        # As long as no negative was seen, -inf - -inf would be nan.
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
+        maximum = higher
+    found = total > 0
+    lse = tl.where(found, maximum + tl.log(tl.where(found, total, 1.0)), float("-inf"))
+    tl.store(lse_pointer + tl.program_id(1) * num_rows + rows, lse, mask=rows < num_rows)
+
+
+@_jit
+def _positives_kernel(
+    row_pointer,
+    row_label_pointer,
+    column_pointer,
+    column_label_pointer,
+    lse_pointer,
+    sums_pointer,
+    num_rows,
+    num_columns,
+    scale,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+):
+    """Writes (3, S, A) sums over the positives of each share: softplus(n_i - s_ij), its derivative,
+    and 1."""
+    row_start = tl.program_id(0) * BLOCK_R
+    rows = row_start + tl.arange(0, BLOCK_R)
+    row_labels = _load_labels(row_label_pointer, rows, num_rows)
+    lse = tl.load(lse_pointer + rows, mask=rows < num_rows, other=0.0)
+    x = _load(row_pointer, row_start, num_rows, 0, BLOCK_R, D, BLOCK_D)
+    loss = tl.zeros((BLOCK_R,), tl.float32)
+    pull = tl.zeros((BLOCK_R,), tl.float32)
+    number = tl.zeros((BLOCK_R,), tl.float32)
+    begin, end = _share_of_columns(num_columns, BLOCK_Q)
+    for start in range(begin, end, BLOCK_Q):
+        columns = start + tl.arange(0, BLOCK_Q)
+        column_labels = _load_labels(column_label_pointer, columns, num_columns)
+        if _may_share_a_class(row_labels, column_labels):
+            y = _load(column_pointer, start, num_columns, 0, BLOCK_Q, D, BLOCK_D)
+            logits = _similarities(
+                x,
+                y,
+                row_pointer,
+                row_start,
+                num_rows,
+                column_pointer,
+                start,
+                num_columns,
+                scale,
+                D,
+                WIDTH,
+                BLOCK_R,
+                BLOCK_Q,
+                BLOCK_D,
+                PRECISION,
+            )
+            positive, _ = _pairs(rows, columns, row_labels, column_labels, EXCLUDE_SELF)
+            gap = lse[:, None] - logits
+            loss += tl.sum(tl.where(positive, _softplus(gap), 0.0), axis=1)
+            pull += tl.sum(tl.where(positive, _sigmoid(gap), 0.0), axis=1)
+            number += tl.sum(tl.where(positive, 1.0, 0.0), axis=1)
+    place = sums_pointer + tl.program_id(1) * num_rows + rows
+    plane = tl.num_programs(1) * num_rows
+    tl.store(place, loss, mask=rows < num_rows)
+    tl.store(place + plane, pull, mask=rows < num_rows)
+    tl.store(place + 2 * plane, number, mask=rows < num_rows)
+
+
+@_jit
+def _gradient_kernel(
+    row_pointer,
+    row_label_pointer,
+    column_pointer,
+    column_label_pointer,
+    lse_pointer,
+    weight_pointer,
+    push_pointer,
+    gradient_pointer,
+    num_rows,
+    num_columns,
+    scale,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FACTORS: tl.constexpr,
+    EXCLUDE_SELF: tl.constexpr,
+    ROWS_ARE_ANCHORS: tl.constexpr,
+    COLUMNS_ARE_ANCHORS: tl.constexpr,
+):
+    """Writes the (S, rows, D) gradients of the rows from the columns of each share.
+
+    With w = 1 / number of positives, p the mean of the derivatives over them, and n, all of an
+    anchor: d total / d s is -w sigmoid(n - s) for a positive pair and p e^(s - n) for a negative.
+    """
+    row_start = tl.program_id(0) * BLOCK_R
+    rows = row_start + tl.arange(0, BLOCK_R)
+    row_labels = _load_labels(row_label_pointer, rows, num_rows)
+    if ROWS_ARE_ANCHORS:
+        row_lse = tl.load(lse_pointer + rows, mask=rows < num_rows, other=0.0)[:, None]
+        row_weight = tl.load(weight_pointer + rows, mask=rows < num_rows, other=0.0)[:, None]
+        row_push = tl.load(push_pointer + rows, mask=rows < num_rows, other=0.0)[:, None]
+    x = _load(row_pointer, row_start, num_rows, 0, BLOCK_R, D, BLOCK_D)
+    gradient = tl.zeros((BLOCK_R, WIDTH), tl.float32)
+    begin, end = _share_of_columns(num_columns, BLOCK_Q)
+    for start in range(begin, end, BLOCK_Q):
+        columns = start + tl.arange(0, BLOCK_Q)
+        column_labels = _load_labels(column_label_pointer, columns, num_columns)
+        y = _load(column_pointer, start, num_columns, 0, BLOCK_Q, D, BLOCK_D)
+        logits = _similarities(
+            x,
+            y,
+            row_pointer,
+            row_start,
+            num_rows,
+            column_pointer,
+            start,
+            num_columns,
+            scale,
+            D,
+            WIDTH,
+            BLOCK_R,
+            BLOCK_Q,
+            BLOCK_D,
+            PRECISION,
+        )
+        positive, negative = _pairs(rows, columns, row_labels, column_labels, EXCLUDE_SELF)
+        d_logits = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
+        if ROWS_ARE_ANCHORS:
+            d_logits += row_push * tl.exp(logits - row_lse)
+        if COLUMNS_ARE_ANCHORS:
+            inside = columns < num_columns
+            column_lse = tl.load(lse_pointer + columns, mask=inside, other=0.0)[None, :]
+            column_weight = tl.load(weight_pointer + columns, mask=inside, other=0.0)[None, :]
+            column_push = tl.load(push_pointer + columns, mask=inside, other=0.0)[None, :]
+            d_logits += column_push * tl.exp(logits - column_lse)
+        d_logits = tl.where(negative, d_logits, 0.0)
+        if _may_share_a_class(row_labels, column_labels):
+            pull = tl.zeros((BLOCK_R, BLOCK_Q), tl.float32)
+            if ROWS_ARE_ANCHORS:
+                pull += row_weight * _sigmoid(row_lse - logits)
+            if COLUMNS_ARE_ANCHORS:
+                pull += column_weight * _sigmoid(column_lse - logits)
+            d_logits = tl.where(positive, -pull, d_logits)
+        if BLOCK_D < WIDTH:
+            y = _load(column_pointer, start, num_columns, 0, BLOCK_Q, D, WIDTH)
+        d_logits = d_logits.to(FACTORS).to(y.dtype)
+        gradient = tl.dot(d_logits, y, gradient, input_precision=PRECISION)
+    elements = tl.arange(0, WIDTH)
+    share = tl.cast(tl.program_id(1), tl.int64) * num_rows
+    place = gradient_pointer + (share + rows)[:, None] * D + elements[None, :]
+    inside = (rows < num_rows)[:, None] & (elements < D)[None, :]
+    tl.store(place, gradient * scale, mask=inside)
+
+
+# ---- launching them
+
+
+class _Blocks(NamedTuple):
+    """How a kernel cuts up its work: rows, columns and elements of the width at a time, powers of
+    two from 16 on; warps; and stages of the software pipeline."""
+
+    rows: int
+    columns: int
+    width: int
+    warps: int
+    stages: int
+
+
+class _Samples(NamedTuple):
+    """A set as the kernels read it: contiguous (N, D) factors of the products, (N,) int32."""
+
+    embeddings: Tensor
+    labels: Tensor
+
+
+class _AnchorTerms(NamedTuple):
+    """What the gradient needs of each anchor, (A,): n, 1 / number of positives, and the mean over
+    them of the derivative of the softplus."""
+
+    lse: Tensor
+    weight: Tensor
+    push: Tensor
+
+
+class _Kernels:
+    """Launches the kernels for one width, temperature and kind of products.
+
+    Args:
+        like: (N, D) embeddings of the width and on the device in question.
+        temperature: divides the similarities.
+        products: "fp32" or "bf16".
+    """
+
+    def __init__(self, like: Tensor, temperature: float, products: str) -> None:
+        self.scale = 1 / temperature
+        self.dtype = torch.bfloat16 if products == "bf16" else torch.float32
+        self.processors = 1
+        if like.is_cuda:
+            properties = torch.cuda.get_device_properties(like.device)
+            self.processors = properties.multi_processor_count
+        width = max(16, triton.next_power_of_2(like.shape[1]))
+        self.blocks = _choose_blocks(width, self.dtype, _has_large_shared_memory(like.device))
+        self.constants = {
+            "D": like.shape[1],
+            "WIDTH": width,
+            "BLOCK_R": self.blocks.rows,
+            "BLOCK_Q": self.blocks.columns,
+            "BLOCK_D": self.blocks.width,
+            "PRECISION": _input_precision(),
+            "num_warps": self.blocks.warps,
+            "num_stages": self.blocks.stages,
+        }
+
+    def prepare(self, embeddings: Tensor, labels: Tensor) -> _Samples:
+        """Casts once what the kernels read many times."""
+        factors = embeddings.to(self.dtype)
+        if _is_interpreted():
+            factors = factors.float()  # rounded all the same: the interpreter multiplies no bf16
+        return _Samples(factors.contiguous(), labels.to(torch.int32).contiguous())
+
+    def negatives(self, anchors: _Samples, contrast: _Samples) -> Tensor:
+        """(A,) log-sum-exps over the negatives; -inf without any."""
+        shares = self._num_shares(anchors, contrast)
+        lse_SA = anchors.embeddings.new_empty(shares, len(anchors.labels), dtype=torch.float32)
+        self._launch(_negatives_kernel, shares, anchors, contrast, lse_SA)
+        return lse_SA.logsumexp(dim=0)
+
+    def positives(
+        self, anchors: _Samples, contrast: _Samples, lse: Tensor, exclude_self: bool
+    ) -> Tensor:
+        """(3, A) sums over the positives: the softplus, its derivative, and 1."""
+        shares = self._num_shares(anchors, contrast)
+        sums_3SA = lse.new_empty(3, shares, len(lse))
+        self._launch(
+            _positives_kernel, shares, anchors, contrast, lse, sums_3SA, EXCLUDE_SELF=exclude_self
+        )
+        return sums_3SA.sum(dim=1)
+
+    def gradient(
+        self,
+        rows: _Samples,
+        columns: _Samples,
+        terms: _AnchorTerms,
+        *,
+        rows_are_anchors: bool,
+        columns_are_anchors: bool,
+        exclude_self: bool,
+    ) -> Tensor:
+        """Gradient (N, D) of the losses of the anchors among both with respect to the rows."""
+        shares = self._num_shares(rows, columns)
+        gradient_SND = terms.lse.new_empty(shares, *rows.embeddings.shape)
+        self._launch(
+            _gradient_kernel,
+            shares,
+            rows,
+            columns,
+            *terms,
+            gradient_SND,
+            FACTORS=tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32,
+            EXCLUDE_SELF=exclude_self,
+            ROWS_ARE_ANCHORS=rows_are_anchors,
+            COLUMNS_ARE_ANCHORS=columns_are_anchors,
+        )
+        return gradient_SND[0] if shares == 1 else gradient_SND.sum(dim=0)
+
+    def _num_shares(self, rows: _Samples, columns: _Samples) -> int:
+        programs = _PROGRAMS_PER_PROCESSOR * self.processors
+        row_blocks = triton.cdiv(len(rows.labels), self.blocks.rows)
+        column_blocks = triton.cdiv(len(columns.labels), self.blocks.columns)
+        return min(triton.cdiv(programs, row_blocks), column_blocks)
+
+    def _launch(
+        self,
+        kernel: Any,
+        shares: int,
+        rows: _Samples,
+        columns: _Samples,
+        *tensors: Tensor,
+        **constants: Any,
+    ) -> None:
+        num_rows, num_columns = len(rows.labels), len(columns.labels)
+        # Triton launches on the current device, whatever the tensors' is.
+        with torch.cuda.device_of(rows.embeddings):
+            kernel[(triton.cdiv(num_rows, self.blocks.rows), shares)](
+                *rows,
+                *columns,
+                *tensors,
+                num_rows,
+                num_columns,
+                self.scale,
+                **self.constants,
+                **constants,
+            )
+
+
+def _choose_blocks(width: int, dtype: torch.dtype, large_shared_memory: bool) -> _Blocks:
+    """Sizes that fit the registers and shared memory of a multiprocessor.
+
+    The accumulator of a gradient, rows x width, is what fills the registers: 16,384 floats are 64
+    for each thread of eight warps, and as many again for what else it holds. Shared memory takes
+    the rows, and the columns once per stage.
+    """
+    if dtype == torch.bfloat16:
+        rows = 128 if large_shared_memory else 64
+        return _Blocks(
+            rows=max(16, min(rows, rows * 256 // width)),
+            columns=max(16, min(64, 16384 // width)),
+            width=width,
+            warps=8,
+            stages=2,
+        )
+    # The three TF32 products split each factor in two, which doubles its place: both sets are read
+    # piece by piece, from the L2 cache.
+    return _Blocks(
+        rows=max(16, min(64, 16384 // width)),
+        columns=max(16, min(32, 8192 // width)),
+        width=min(width, 32),
+        warps=8,
+        stages=2,
+    )
+
+
+def _has_large_shared_memory(device: torch.device) -> bool:
+    """Whether a block may have 227 KB, as in the data centre since Hopper, and not just 99."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+def _input_precision() -> str:
+    """The kind of fp32 product that PyTorch is set to, in Triton's words."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # since PyTorch 2.9, where the other question may raise
+        exact = matmul.fp32_precision in ("none", "ieee")
+    else:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    return "tf32x3" if exact else "tf32"
+
+
+def _is_interpreted() -> bool:
+    return not isinstance(_negatives_kernel, triton.JITFunction)
