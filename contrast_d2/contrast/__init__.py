@@ -1,20 +1,23 @@
 """Contrast methods as plain PyTorch modules: feature maps and labels in, named losses out."""
 
 from .gather import gather_embeddings, gather_pixels
-from .info_nce import SimilarityStatistics, info_nce, similarity_statistics
+from .info_nce import info_nce
 from .multiscale import MultiScaleContrast
 from .output import ContrastOutput
 from .projector import MultiScaleProjector, Projector
 from .sampling import BalancedSampler, PixelDraw, downsample_labels
+from .statistics import ClassSums, SimilarityStatistics, class_sums, similarity_statistics
 
 __all__ = [
     "BalancedSampler",
+    "ClassSums",
     "ContrastOutput",
     "MultiScaleContrast",
     "MultiScaleProjector",
     "PixelDraw",
     "Projector",
     "SimilarityStatistics",
+    "class_sums",
     "downsample_labels",
     "gather_embeddings",
     "gather_pixels",

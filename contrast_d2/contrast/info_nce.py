@@ -14,8 +14,6 @@ Shape letters: A anchors, C contrast samples, D embedding width, R anchors of on
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd import Function
@@ -23,14 +21,6 @@ from torch.nn import functional as F
 
 # Elements of one R x C block of similarities; a handful of such blocks is alive at a time.
 _BLOCK_ELEMENTS = 1 << 21
-
-
-class SimilarityStatistics(NamedTuple):
-    """Mean cosine similarity over all (anchor, positive) and all (anchor, negative) pairs, 0-dim;
-    nan where there is no such pair."""
-
-    positive: Tensor
-    negative: Tensor
 
 
 def info_nce(
@@ -202,52 +192,3 @@ def _block(
     push_R = pull_RC.sum(dim=1, keepdim=True)
     d_logits_RC = gap_RC.neg_().exp_().masked_fill_(~negative_RC, 0).mul_(push_R).sub_(pull_RC)
     return loss, valid, d_logits_RC
-
-
-@torch.no_grad()
-def similarity_statistics(
-    anchors: Tensor,
-    labels: Tensor,
-    contrast: Tensor | None = None,
-    contrast_labels: Tensor | None = None,
-    *,
-    num_classes: int,
-) -> SimilarityStatistics:
-    """Mean similarity of positive and of negative pairs, from sums over classes: O((A + C) D).
-
-    Args:
-        anchors, labels, contrast, contrast_labels: as in `info_nce`; without a contrast set an
-            anchor is not paired with itself.
-        num_classes: labels are below it.
-    """
-    sums, counts = _class_sums(anchors, labels, num_classes)
-    if contrast is None or contrast_labels is None:
-        other_sums, other_counts = sums, counts
-        self_similarity, self_pairs = anchors.square().sum(), counts.sum()
-    else:
-        other_sums, other_counts = _class_sums(contrast, contrast_labels, num_classes)
-        self_similarity, self_pairs = sums.new_zeros(()), sums.new_zeros(())
-    same, same_pairs = (sums * other_sums).sum(), (counts * other_counts).sum()
-    everything = sums.sum(dim=0) @ other_sums.sum(dim=0)
-    all_pairs = counts.sum() * other_counts.sum()
-    return SimilarityStatistics(
-        positive=_mean(same - self_similarity, same_pairs - self_pairs),
-        negative=_mean(everything - same, all_pairs - same_pairs),
-    )
-
-
-def _mean(total: Tensor, count: Tensor) -> Tensor:
-    """total / count; nan for a count of 0, where rounding leaves a total that is not quite 0."""
-    return torch.where(count > 0, total / count, torch.nan)
-
-
-def _class_sums(embeddings: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Sum (K, D) and number (K,) of the embeddings of each class; negative labels do not count."""
-    slot = torch.where(labels >= 0, labels, num_classes).long()
-    sums = embeddings.new_zeros(num_classes + 1, embeddings.shape[1]).index_add_(
-        0, slot, embeddings
-    )
-    counts = embeddings.new_zeros(num_classes + 1).index_add_(
-        0, slot, torch.ones_like(slot, dtype=embeddings.dtype)
-    )
-    return sums[:-1], counts[:-1]

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from .distributed import gather_set, sum_over_processes, world_size
 from .gather import gather_pixels, unit_vectors
-from .info_nce import info_nce, similarity_statistics
+from .info_nce import info_nce
 from .output import ContrastOutput
 from .projector import MultiScaleProjector
 from .sampling import BalancedSampler, PixelDraw, downsample_labels
+from .statistics import ClassSums, class_sums, similarity_statistics
 
 Projection = Literal["dense", "sampled"]
 NormStatistics = Literal["map", "draw"]
@@ -195,6 +196,9 @@ class MultiScaleContrast(nn.Module):
                 name: Anchors(*gather_set(a.embeddings, a.labels), a.class_counts)
                 for name, a in anchors.items()
             }
+        sums = contrast_sums = self._class_sums(anchors)
+        if contrast_sets is not anchors:
+            contrast_sums = self._class_sums(contrast_sets)
         losses: dict[str, Tensor] = {}
         statistics: dict[str, Tensor] = {}
         for term in self.terms:
@@ -202,7 +206,10 @@ class MultiScaleContrast(nn.Module):
             target = contrast_sets[term.contrast or term.anchors]
             loss = self._term_loss(term, source, target)
             losses[f"loss_contrast_{term.name}"] = term.weight * loss
-            for quantity, value in self._statistics(term, source, target).items():
+            found = _statistics(
+                term, sums[term.anchors], contrast_sums[term.contrast or term.anchors]
+            )
+            for quantity, value in found.items():
                 statistics[f"contrast/{term.name}/{quantity}"] = value
         return ContrastOutput(losses, statistics)
 
@@ -247,23 +254,22 @@ class MultiScaleContrast(nn.Module):
         needed = 2 if term.contrast is None else 1
         return (population[source.labels] >= needed).sum().to(target.embeddings.dtype)
 
-    def _statistics(self, term: _Term, source: Anchors, target: Anchors) -> dict[str, Tensor]:
-        within = term.contrast is None and target is source
-        positive, negative = similarity_statistics(
-            source.embeddings,
-            source.labels,
-            None if within else target.embeddings,
-            None if within else target.labels,
-            num_classes=self.sampler.num_classes,
-        )
-        counts = torch.zeros_like(positive).expand(self.sampler.num_classes + 1).clone()
-        counts.index_add_(0, source.labels + 1, torch.ones_like(source.labels, dtype=counts.dtype))
-        return {
-            "anchors": counts[1:].sum(),
-            "classes": (counts[1:] > 0).sum().to(counts.dtype),
-            "positive_similarity": positive,
-            "negative_similarity": negative,
-        }
+    def _class_sums(self, sets: Mapping[str, Anchors]) -> dict[str, ClassSums]:
+        """Once per scale: several terms share them."""
+        classes = self.sampler.num_classes
+        return {name: class_sums(x.embeddings, x.labels, classes) for name, x in sets.items()}
+
+
+def _statistics(term: _Term, anchors: ClassSums, contrast: ClassSums) -> dict[str, Tensor]:
+    similarity = similarity_statistics(
+        anchors, contrast, contrast_holds_anchors=term.contrast is None
+    )
+    return {
+        "anchors": anchors.counts.sum(),
+        "classes": (anchors.counts > 0).sum().to(anchors.counts.dtype),
+        "positive_similarity": similarity.positive,
+        "negative_similarity": similarity.negative,
+    }
 
 
 def _check_projection(

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contrast_d2.contrast import info_nce, similarity_statistics
+from contrast_d2.contrast import info_nce
 
 from . import references
 
@@ -392,33 +392,3 @@ def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
     defaults = {"anchors": unit(2, 4), "labels": torch.zeros(2, dtype=torch.long)}
     with pytest.raises(ValueError, match=message):
         info_nce(**{**defaults, **arguments})
-
-
-# ---- statistics
-
-
-@pytest.mark.parametrize("cross", [False, True])
-def test_statistics_are_the_means_over_pairs(cross: bool) -> None:
-    anchors, contrast, contrast_labels = unit(len(LABELS), 6), None, None
-    other, other_labels = anchors, LABELS
-    if cross:
-        other, other_labels = unit(len(CONTRAST_LABELS), 6), CONTRAST_LABELS
-        contrast, contrast_labels = other, torch.tensor(CONTRAST_LABELS)
-    pairs: dict[bool, list[float]] = {True: [], False: []}
-    for i, label in enumerate(LABELS):
-        for j, other_label in enumerate(other_labels):
-            if other_label >= 0 and (cross or i != j):
-                pairs[label == other_label].append(torch.dot(anchors[i], other[j]).item())
-    statistics = similarity_statistics(
-        anchors, torch.tensor(LABELS), contrast, contrast_labels, num_classes=5
-    )
-    assert statistics.positive.item() == pytest.approx(sum(pairs[True]) / len(pairs[True]))
-    assert statistics.negative.item() == pytest.approx(sum(pairs[False]) / len(pairs[False]))
-
-
-def test_statistics_without_pairs_are_nan() -> None:
-    embeddings = unit(50, 7, dtype=torch.float32)
-    no_positive = similarity_statistics(embeddings, torch.arange(50), num_classes=50)
-    assert no_positive.positive.isnan() and no_positive.negative.isfinite()
-    no_negative = similarity_statistics(embeddings, torch.full((50,), 3), num_classes=50)
-    assert no_negative.positive.isfinite() and no_negative.negative.isnan()
