@@ -184,8 +184,11 @@ def _of_rows(rows: Tensor, valid: Tensor) -> ChannelStatistics:
 
 
 def _of_map(hidden: Tensor) -> ChannelStatistics:
+    """Statistics of all pixels of a map (B, C, h, w)."""
     hidden = _at_least_fp32(hidden)
-    var, mean = torch.var_mean(hidden, dim=(0, 2, 3), correction=0)
+    mean = hidden.mean(dim=(0, 2, 3))
+    # As accurate as var_mean, which takes seven times as long on a CPU.
+    var = (hidden - mean[:, None, None]).square_().mean(dim=(0, 2, 3))
     return ChannelStatistics(mean, var, mean.new_full((), hidden.numel() // hidden.shape[1]))
 
 
