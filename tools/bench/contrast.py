@@ -1,0 +1,226 @@
+"""Measures the contrastive step and the InfoNCE against their limit and against other forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from contrast_d2.contrast import info_nce
+
+from .cases import (
+    ALL_CASES,
+    MOST_HOST_READS,
+    MOST_MIB,
+    MOST_TIMES_TEXTBOOK_ERROR,
+    Case,
+)
+from .host_reads import count_host_reads
+from .machine import (
+    Peaks,
+    Probes,
+    Timings,
+    interleave,
+    median_peaks,
+    note,
+    seconds_of,
+    spread,
+)
+from .peers import textbook_info_nce
+from .worker import default_heap_ms, peak_mib
+from .workloads import OURS, TEXTBOOK, InfoNCE, Step, Workload, to_json
+
+Say = Callable[[str], None]
+
+_ACCURACY_ANCHORS = 2048
+
+
+def measure(
+    names: Sequence[str],
+    device: torch.device,
+    *,
+    rounds: int,
+    most_seconds: float,
+    say: Say,
+) -> dict[str, Any]:
+    """Measures cases.
+
+    Args:
+        names: of `ALL_CASES`.
+        device: where.
+        rounds: how often each contender runs, at most.
+        most_seconds: about how long a case is timed, unless that is less than five rounds.
+        say: is told what is found, line by line.
+
+    Returns:
+        A tree for JSON: how and where, the machine's peaks before and after, accuracy, and by case
+        the limit and every contender's time, its ratio to the limit and to the library, memory and
+        host reads.
+    """
+    probes = Probes(device)
+    before = probes.measure()
+    say(f"peaks: {_peaks_line(before)}")
+    cases = {}
+    for name in names:
+        say(f"\n{name}: {_description(ALL_CASES[name])}")
+        cases[name] = _measure_case(ALL_CASES[name], device, probes, rounds, most_seconds, say)
+    accuracy = {str(dtype): _errors(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    after = probes.measure()
+    say(f"\npeaks: {_peaks_line(after)}")
+    return {
+        **note(device),
+        "peaks": {"before": before._asdict(), "after": after._asdict()},
+        "cases": cases,
+        "errors": accuracy,
+    }
+
+
+def violations(results: Mapping[str, Any]) -> list[str]:
+    """What of the promises does not hold, one line each.
+
+    Args:
+        results: of `measure`.
+    """
+    lines = []
+    for name, found in results["cases"].items():
+        case = ALL_CASES[name]
+        ours = found["contenders"][OURS]
+        most = case.most_times_limit
+        if most is not None and ours["times_limit"]["median"] > most:
+            lines.append(f"{name}: {ours['times_limit']['median']:.2f} times the limit, not {most}")
+        if isinstance(case.workload, Step):
+            for contender, allowed in MOST_HOST_READS.items():
+                reads = found["contenders"].get(contender, {}).get("host_reads", {})
+                if sum(reads.values()) > allowed:
+                    lines.append(f"{name}: {contender} reads {reads}, not {allowed} at most")
+        elif case.workload.anchors <= 10_000 and ours["peak_mib"] > MOST_MIB:
+            lines.append(f"{name}: {ours['peak_mib']:.0f} MiB, not {MOST_MIB:.0f} at most")
+        for scale, (drawn, expected) in enumerate(
+            zip(found.get("drawn", ()), case.expected, strict=False)
+        ):
+            if not 0.8 <= drawn / expected <= 1.2:
+                lines.append(f"{name}: scale {scale} draws {drawn} anchors, not about {expected}")
+    for dtype, errors in results["errors"].items():
+        for quantity, error in errors[OURS].items():
+            # An error below the resolution of the dtype is none: plain PyTorch may have been lucky.
+            resolution = torch.finfo(getattr(torch, dtype.removeprefix("torch."))).eps
+            allowed = MOST_TIMES_TEXTBOOK_ERROR * max(errors[TEXTBOOK][quantity], resolution)
+            if error > allowed:
+                lines.append(f"{dtype}: error {error:.1e} of the {quantity}, not {allowed:.1e}")
+    return lines
+
+
+def _measure_case(
+    case: Case,
+    device: torch.device,
+    probes: Probes,
+    rounds: int,
+    most_seconds: float,
+    say: Say,
+) -> dict[str, Any]:
+    workload = case.workload
+    runs = workload.contenders(device, case.contenders)
+    result: dict[str, Any] = {"workload": to_json(workload), "cost": workload.cost()._asdict()}
+    if isinstance(workload, Step):
+        result["drawn"] = workload.drawn()
+        say(f"  anchors drawn: {'/'.join(map(str, result['drawn']))}")
+    if case.once:
+        peaks = [probes.measure()]
+        timings = Timings({OURS: [seconds_of(runs[OURS], device)]}, peaks)
+    else:
+        timings = interleave(runs, probes, device, rounds=rounds, most_seconds=most_seconds)
+    limits = [peaks.limit(workload.cost()) for peaks in timings.peaks]
+    result["rounds"] = len(limits)
+    result["peaks"] = median_peaks(timings.peaks)._asdict()
+    result["limit_ms"] = _milliseconds(limits)
+    say(f"  limit {result['limit_ms']['median']:.1f} ms at {_peaks_line(Peaks(**result['peaks']))}")
+    ours = timings.seconds[OURS]
+    memory = peak_mib(workload, case.contenders, device)
+    default_heap = {}
+    if case.default_heap:
+        default_heap = default_heap_ms(workload, (OURS, TEXTBOOK), device)
+    result["contenders"] = {}
+    for name, seconds in timings.seconds.items():
+        row: dict[str, Any] = {
+            "ms": _milliseconds(seconds),
+            "times_limit": _ratios(seconds, limits),
+            "times_ours": _ratios(seconds, ours),
+            "peak_mib": memory[name],
+        }
+        if isinstance(workload, Step):
+            row["host_reads"] = dict(count_host_reads(runs[name], device))
+        if name in default_heap:
+            row["default_heap_ms"] = default_heap[name]
+        result["contenders"][name] = row
+        say(_contender_line(name, row))
+    return result
+
+
+def _errors(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Errors of value and gradient against the textbook form in float64, on the same input.
+
+    That of the value is relative to the value, that of the gradient to its largest element.
+    """
+    anchors, labels, _, _ = InfoNCE(_ACCURACY_ANCHORS).inputs(device, dtype)
+    value, gradient = _value_and_gradient(textbook_info_nce, anchors.double(), labels)
+    errors = {}
+    for name, loss in ((OURS, info_nce), (TEXTBOOK, textbook_info_nce)):
+        found_value, found_gradient = _value_and_gradient(loss, anchors, labels)
+        errors[name] = {
+            "value": ((found_value - value).abs() / value.abs()).item(),
+            "gradient": ((found_gradient - gradient).abs().max() / gradient.abs().max()).item(),
+        }
+    return errors
+
+
+def _value_and_gradient(
+    loss: Callable[..., Tensor], anchors: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    leaf = anchors.detach().clone().requires_grad_()
+    value = loss(leaf, labels)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach().double(), gradient.double()
+
+
+def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+    return {name: 1000 * value for name, value in spread(seconds).items()}
+
+
+def _ratios(seconds: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+    """Round by round, so that what slows the machine down for a while cancels."""
+    return spread([a / b for a, b in zip(seconds, references, strict=True)])
+
+
+def _description(case: Case) -> str:
+    workload: Workload = case.workload
+    if isinstance(workload, Step):
+        scene = workload.scene
+        size = f"{scene.batch} x {scene.height}x{scene.width}, {scene.num_classes} classes"
+        expected = "/".join(map(str, case.expected))
+        return size + (f", about {expected} anchors" if expected else "")
+    memory = f" against {workload.memory:,} of a memory bank" if workload.memory else ""
+    order = "" if workload.sorted else ", unsorted"
+    return f"{workload.anchors:,} anchors{memory}{order}, {workload.classes} classes"
+
+
+def _peaks_line(peaks: Peaks) -> str:
+    return (
+        f"{peaks.fp32 / 1e9:.0f} GFLOP/s fp32, {peaks.bf16 / 1e9:.0f} bf16, "
+        f"{peaks.write / 1e9:.1f} GB/s write, {peaks.copy / 1e9:.1f} copy"
+    )
+
+
+def _contender_line(name: str, row: Mapping[str, Any]) -> str:
+    time, limit, ours = row["ms"], row["times_limit"], row["times_ours"]
+    line = (
+        f"  {name:28} {time['median']:9.1f} ms  {limit['median']:6.2f} x limit  "
+        f"{ours['median']:6.2f} x ours ({ours['p10']:.2f}-{ours['p90']:.2f})  "
+        f"{row['peak_mib']:7.0f} MiB"
+    )
+    if "host_reads" in row:
+        line += f"  {sum(row['host_reads'].values())} host reads"
+    if "default_heap_ms" in row:
+        line += f"  ({row['default_heap_ms']:.1f} ms with the default heap)"
+    return line

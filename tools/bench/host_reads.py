@@ -1,0 +1,128 @@
+"""Counts how often a computation makes the host wait for the device.
+
+On a CUDA device CUDA itself is asked. On a CPU nothing ever waits, so the operations that would
+wait on a GPU are counted as they are called: reading values (`item`, `tolist`, `bool(tensor)`, a
+copy to the host), and operations whose output size depends on values.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Operations whose output size is read off the device, whoever calls them.
+_SIZED_BY_VALUES = {
+    "aten::_local_scalar_dense",
+    "aten::_unique2",
+    "aten::bincount",
+    "aten::equal",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::unique_consecutive",
+    "aten::unique_dim",
+}
+_INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
+# Reads of a whole tensor, which no dispatched operation shows on a CPU.
+_COPIES_TO_HOST = {"cpu", "numpy", "tolist", "__array__"}
+
+
+def count_host_reads(run: Callable[[], object], device: torch.device) -> Counter[str]:
+    """How often a computation waits for the device, by what it waits in.
+
+    Args:
+        run: the computation, forward and backward.
+        device: where it runs.
+    """
+    if device.type == "cuda":
+        return _count_on_cuda(run)
+    reads = _HostReads()
+    with reads, _SizedByValues(reads.counts):
+        run()
+    return reads.counts
+
+
+def _count_on_cuda(run: Callable[[], object]) -> Counter[str]:
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    waits = [w for w in caught if "synchronizing CUDA operation" in str(w.message)]
+    return Counter(f"{w.filename.rpartition('/')[2]}:{w.lineno}" for w in waits)
+
+
+class _HostReads(TorchFunctionMode):
+    """Counts copies to the host; a copied tensor is read for free afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        # Kept alive, so that no other tensor takes the identity of one of them.
+        self._on_host: list[Tensor] = []
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        reads = name in _COPIES_TO_HOST or (name == "to" and _names_the_cpu(args, kwargs))
+        if not reads:
+            return func(*args, **kwargs)
+        if not any(args[0] is tensor for tensor in self._on_host):
+            self.counts[name] += 1
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            # On a CPU the copy is the tensor itself, which stays one of the device.
+            result = result.detach().clone() if result is args[0] else result
+            self._on_host.append(result)
+        return result
+
+
+def _names_the_cpu(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Whether `Tensor.to` is asked for the CPU by that name: `to(other.device)` stays put."""
+    return "cpu" in [value for value in [*args[1:], *kwargs.values()] if isinstance(value, str)]
+
+
+class _SizedByValues(TorchDispatchMode):
+    """Counts operations that cannot return before their input is known to the host."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self._counts = counts
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func.name().partition(".")[0]
+        waits = name in _SIZED_BY_VALUES
+        if name in _INDEXING:
+            waits = any(
+                isinstance(leaf, Tensor) and leaf.dtype in (torch.bool, torch.uint8)
+                for leaf in tree_leaves(args[1])
+            )
+        elif name == "aten::repeat_interleave":
+            waits = kwargs.get("output_size") is None
+        if waits:
+            self._counts[name.removeprefix("aten::")] += 1
+        return func(*args, **kwargs)

@@ -1,0 +1,252 @@
+"""The machine under the benchmark: its peaks, its description, and how time is taken on it."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+# glibc gives large blocks back to the system when they are freed, and every page of the next one
+# faults anew. These settings keep the heap; they are read when a process starts.
+KEPT_HEAP = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
+    "MALLOC_TOP_PAD_": str(1 << 28),
+}
+
+_MATMUL_SIZES = (512, 1024, 1536)
+_CUDA_MATMUL_SIZES = (2048, 4096, 8192)
+_BANDWIDTH_BYTES = 1 << 28
+# A case is measured for so many rounds at least, however long they take.
+_FEWEST_ROUNDS = 5
+
+
+class Cost(NamedTuple):
+    """What a computation cannot do without.
+
+    Attributes:
+        flop: floating-point operations of its matrix products, a multiply-add counting as two.
+        written: bytes of large results that are written once, in order.
+        moved: bytes that are read, or read and written, elsewhere.
+    """
+
+    flop: float
+    written: float
+    moved: float
+
+
+class Peaks(NamedTuple):
+    """What the machine reaches at best.
+
+    Attributes:
+        fp32, bf16: matrix products, in floating-point operations per second.
+        write: filling a large buffer, in bytes per second.
+        copy: copying a large buffer, in bytes read plus bytes written per second.
+    """
+
+    fp32: float
+    bf16: float
+    write: float
+    copy: float
+
+    def limit(self, cost: Cost) -> float:
+        """Least time in seconds of a computation whose products run in fp32."""
+        return cost.flop / self.fp32 + cost.written / self.write + cost.moved / self.copy
+
+
+class Timings(NamedTuple):
+    """Seconds of every contender in every round, and the peaks of the machine in that round."""
+
+    seconds: dict[str, list[float]]
+    peaks: list[Peaks]
+
+
+class Probes:
+    """Measures the machine's peaks, again and again at the same sizes.
+
+    Args:
+        device: where.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        sizes = _CUDA_MATMUL_SIZES if device.type == "cuda" else _MATMUL_SIZES
+        self._operands = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            candidates = [torch.rand(n, n, device=device).to(dtype) for n in sizes]
+            rates = [self._matmul_rate(matrix) for matrix in candidates]
+            self._operands[dtype] = candidates[rates.index(max(rates))]
+        self._source = torch.rand(_BANDWIDTH_BYTES // 4, device=device)
+        self._target = torch.empty_like(self._source)
+
+    def measure(self) -> Peaks:
+        """The peaks now; takes a fraction of a second on a CPU core."""
+        return Peaks(
+            fp32=self._matmul_rate(self._operands[torch.float32]),
+            bf16=self._matmul_rate(self._operands[torch.bfloat16]),
+            write=_BANDWIDTH_BYTES / self._best(lambda: self._target.zero_()),
+            copy=2 * _BANDWIDTH_BYTES / self._best(lambda: self._target.copy_(self._source)),
+        )
+
+    def _matmul_rate(self, matrix: torch.Tensor) -> float:
+        result = torch.empty_like(matrix)
+        seconds = self._best(lambda: torch.mm(matrix, matrix, out=result))
+        return 2 * len(matrix) ** 3 / seconds
+
+    def _best(self, run: Callable[[], object]) -> float:
+        return min(seconds_of(run, self._device) for _ in range(5))
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Wall-clock seconds of one call, all work of the device included."""
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    probes: Probes,
+    device: torch.device,
+    *,
+    rounds: int,
+    most_seconds: float,
+) -> Timings:
+    """Times contenders in turn, round by round, so that all see the same state of the machine.
+
+    Args:
+        contenders: what to run, by name.
+        probes: measured in every round.
+        device: where they run.
+        rounds: how many at most; the first one, which warms up, is not counted.
+        most_seconds: no further round begins after so long, unless there are fewer than five.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    peaks = []
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for run in contenders.values():
+            run()
+        start = time.perf_counter()
+        least = min(rounds, _FEWEST_ROUNDS)
+        while len(peaks) < least or (
+            len(peaks) < rounds and time.perf_counter() - start < most_seconds
+        ):
+            peaks.append(probes.measure())
+            for name, run in contenders.items():
+                seconds[name].append(seconds_of(run, device))
+    finally:
+        if collects:
+            gc.enable()
+    return Timings(seconds, peaks)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and 10th and 90th percentile."""
+    if len(values) == 1:
+        return {"median": values[0], "p10": values[0], "p90": values[0]}
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return {"median": statistics.median(values), "p10": deciles[0], "p90": deciles[-1]}
+
+
+def median_peaks(peaks: Sequence[Peaks]) -> Peaks:
+    """The median of each peak."""
+    return Peaks(*(statistics.median(column) for column in zip(*peaks, strict=True)))
+
+
+def note(device: torch.device) -> dict[str, Any]:
+    """What results have to be read with: command, commit, date, machine, versions."""
+    # Brings detectron2, whose import takes seconds that the measuring processes need not spend.
+    from contrast_d2.engine.record import commit_of
+
+    packages = ("torch", "numpy", "timm", "triton", "pytorch-metric-learning")
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit_of(Path(__file__)),
+        "date": datetime.date.today().isoformat(),
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "heap": "kept" if heap_is_kept() else "default",
+        },
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in packages if _installed(name)},
+        },
+    }
+
+
+def heap_is_kept() -> bool:
+    """Whether this process was started so that freed memory stays in the heap."""
+    return all(os.environ.get(name) == value for name, value in KEPT_HEAP.items())
+
+
+def in_subprocess(module: str, job: Mapping[str, Any], settings: Mapping[str, str]) -> Any:
+    """Runs a module of this package in a process of its own.
+
+    Args:
+        module: its name within the package; it reads a job and writes its result, both as JSON.
+        job: what it is to do.
+        settings: environment variables of the process; the heap's settings are not inherited.
+
+    Returns:
+        The result.
+
+    Raises:
+        RuntimeError: the process fails; its last words.
+    """
+    package = Path(__file__).parent
+    environment = {k: v for k, v in os.environ.items() if k not in KEPT_HEAP} | dict(settings)
+    path = [str(package.parent), str(package.parents[1]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, path))
+    done = subprocess.run(
+        [sys.executable, "-m", f"{package.name}.{module}", json.dumps(job)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        last_words = (done.stderr.strip().splitlines() or ["nothing said"])[-1]
+        raise RuntimeError(f"{module} {json.dumps(job)}: status {done.returncode}: {last_words}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True

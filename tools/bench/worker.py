@@ -1,0 +1,129 @@
+"""Measures peak memory, or time with the system's heap, in a process of its own.
+
+Reads a job as JSON from its only argument and prints the result as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .machine import in_subprocess, seconds_of
+from .scenes import Scene
+from .workloads import Contender, InfoNCE, Step, Workload, from_json, to_json
+
+# Every block above some pages comes from the system and goes back to it when freed, so that the
+# resident set of the process is what is alive.
+_OWN_PAGES = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), "MALLOC_TRIM_THRESHOLD_": str(1 << 16)}
+_MIB = 1 << 20
+_SMALL_SCENE = Scene(
+    batch=2,
+    height=128,
+    width=256,
+    num_classes=19,
+    classes_per_image=13,
+    stuff_per_image=5,
+    object_area=500.0,
+    area_spread=1.0,
+    seed=0,
+)
+
+
+def peak_mib(
+    workload: Workload, contenders: Sequence[str], device: torch.device
+) -> dict[str, float]:
+    """Peak memory of one call beyond inputs and gradients, in MiB, by contender.
+
+    On a CPU that is the growth of the resident set of a fresh process (`VmHWM`), on one thread; on
+    CUDA, of the allocator's peak.
+    """
+    job = _job("memory", workload, contenders, device)
+    return in_subprocess("worker", job, _OWN_PAGES | {"OMP_NUM_THREADS": "1"})
+
+
+def default_heap_ms(
+    workload: Workload, contenders: Sequence[str], device: torch.device
+) -> dict[str, float]:
+    """Median time of a call in ms, by contender, where the heap has the system's settings."""
+    job = _job("time", workload, contenders, device) | {"threads": torch.get_num_threads()}
+    return in_subprocess("worker", job, {})
+
+
+def resident_growth(run: Callable[[], object]) -> int:
+    """Bytes by which the resident set of this process grows at most during a call.
+
+    Raises:
+        ValueError: the system does not tell.
+    """
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark back
+        before = _resident("VmRSS")
+        run()
+        return _resident("VmHWM") - before
+    except OSError as error:
+        raise ValueError(f"peak memory is read from Linux's /proc: {error}") from error
+
+
+def _resident(key: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    match = re.search(rf"^{key}:\s+(\d+) kB", status, re.MULTILINE)
+    if match is None:
+        raise ValueError(f"/proc/self/status has no {key}")
+    return int(match[1]) * 1024
+
+
+def _job(
+    quantity: str, workload: Workload, contenders: Sequence[str], device: torch.device
+) -> dict[str, Any]:
+    return {
+        "quantity": quantity,
+        "workload": to_json(workload),
+        "contenders": list(contenders),
+        "device": str(device),
+    }
+
+
+def _do(job: dict[str, Any]) -> dict[str, float]:
+    workload, device = from_json(job["workload"]), torch.device(job["device"])
+    runs = workload.contenders(device, job["contenders"])
+    if job["quantity"] == "time":
+        torch.set_num_threads(job["threads"])
+        return {name: _median_ms(run, device) for name, run in runs.items()}
+    # Code and buffers that are loaded once are no memory of the computation.
+    for run in _small(workload).contenders(device, job["contenders"]).values():
+        run()
+    output = workload.gradient_bytes()
+    return {name: (_growth(run, device) - output) / _MIB for name, run in runs.items()}
+
+
+def _median_ms(run: Callable[[], object], device: torch.device) -> float:
+    run()
+    return 1000 * statistics.median(seconds_of(run, device) for _ in range(5))
+
+
+def _growth(run: Contender, device: torch.device) -> int:
+    run.drop_gradients()
+    if device.type != "cuda":
+        return resident_growth(run)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _small(workload: Workload) -> Workload:
+    if isinstance(workload, InfoNCE):
+        return replace(workload, anchors=4 * workload.classes, memory=min(64, workload.memory))
+    return Step(_SMALL_SCENE, width=workload.width)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_do(json.loads(sys.argv[1]))))
