@@ -193,7 +193,7 @@ class MultiScaleContrast(nn.Module):
         contrast_sets = anchors
         if self.across_processes and world_size() > 1:
             contrast_sets = {
-                name: Anchors(*gather_set(a.embeddings, a.labels), a.class_counts)
+                name: Anchors(*gather_set(a.embeddings, a.labels), class_counts=None)
                 for name, a in anchors.items()
             }
         sums = contrast_sums = self._class_sums(anchors)
@@ -226,17 +226,25 @@ class MultiScaleContrast(nn.Module):
 
     def _term_loss(self, term: _Term, source: Anchors, target: Anchors) -> Tensor:
         """L_c of one term, unweighted."""
-        contrast = target.embeddings
+        contrast_set = {}
+        if target is not source:
+            contrast_set = {
+                "contrast": target.embeddings,
+                "contrast_labels": target.labels,
+                "contrast_class_counts": target.class_counts,
+                "anchors_lead_contrast": term.contrast is None,
+            }
         if term.contrast is not None and self.detach_contrast:
-            contrast = contrast.detach()
+            contrast_set["contrast"] = target.embeddings.detach()
         loss = info_nce(
             source.embeddings,
             source.labels,
-            contrast,
-            target.labels,
             temperature=term.temperature,
-            anchors_lead_contrast=term.contrast is None,
             count_empty_anchors=self.count_empty_anchors,
+            class_counts=source.class_counts,
+            # A draw of fixed size is for steps in which the host reads nothing.
+            host_reads=source.class_counts is not None,
+            **contrast_set,
         )
         if self.across_processes and world_size() > 1:
             # From the mean over this process's anchors to its share of the global mean; times the

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contrast_d2.contrast import info_nce
+from contrast_d2.contrast import info_nce, info_nce_masked, info_nce_sorted
 
 from . import references
 
@@ -28,10 +28,23 @@ def with_gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
 
-def set_chunk(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
-    """Bounds the elements of one block of similarities."""
-    assert "_BLOCK_ELEMENTS" in info_nce.__globals__
-    monkeypatch.setitem(info_nce.__globals__, "_BLOCK_ELEMENTS", elements)
+@pytest.fixture(params=["sorted", "masked"], autouse=True)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test runs with both kernels that a CPU has."""
+    assert "is_exact" in info_nce.__globals__
+    if request.param == "masked":
+        monkeypatch.setitem(info_nce.__globals__, "is_exact", lambda *_: False)
+    return request.param
+
+
+def set_blocks(monkeypatch: pytest.MonkeyPatch, rows: int, num_contrast: int) -> None:
+    """Bounds the rows of one block of similarities."""
+    monkeypatch.setattr(info_nce_masked, "_BLOCK_ELEMENTS", rows * num_contrast)
+    monkeypatch.setattr(info_nce_sorted, "_BLOCK_ELEMENTS", rows * num_contrast)
+    monkeypatch.setattr(info_nce_sorted, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(info_nce_sorted, "_ROWS", rows)
+    monkeypatch.setattr(info_nce_sorted, "_MIXED_ROWS", rows)
+    monkeypatch.setattr(info_nce_sorted, "_COLUMNS", 2 * rows)
 
 
 # ---- the equations
@@ -97,10 +110,10 @@ def test_anchors_that_lead_a_bank_equal_the_equations() -> None:
     )
 
 
-@pytest.mark.parametrize("block_elements", [1, 30, 1 << 21])
+@pytest.mark.parametrize("rows", [1, 3, 1000])
 @pytest.mark.parametrize("form", ["within", "cross", "bank"])
-def test_gradcheck(form: str, block_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    set_chunk(monkeypatch, block_elements)
+def test_gradcheck(form: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_blocks(monkeypatch, rows, num_contrast=18)
     labels, other_labels = torch.tensor(LABELS), torch.tensor(CONTRAST_LABELS)
     anchors = unit(len(LABELS), 3).requires_grad_()
     other = unit(len(CONTRAST_LABELS), 3).requires_grad_()
@@ -237,7 +250,7 @@ def test_order_of_anchors_does_not_matter() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("rows", [1, 7, 60])
-def test_size_of_chunks_does_not_matter(
+def test_size_of_blocks_does_not_matter(
     rows: int, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     labels = torch.randint(5, (60,))
@@ -255,7 +268,7 @@ def test_size_of_chunks_does_not_matter(
         return with_gradients(loss, anchors)
 
     whole = run()
-    set_chunk(monkeypatch, rows * 91)
+    set_blocks(monkeypatch, rows, num_contrast=91)
     torch.testing.assert_close(run(), whole, rtol=0, atol=tolerance)
 
 
@@ -328,7 +341,9 @@ def test_memory_grows_with_the_anchors_not_with_their_square(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     size, width, rows = 1000, 8, 16
-    set_chunk(monkeypatch, rows * size)
+    set_blocks(monkeypatch, rows, num_contrast=size)
+    monkeypatch.setattr(info_nce_sorted, "_COLUMNS", size)
+    monkeypatch.setattr(info_nce_sorted, "_CACHE_BYTES", 0)
     labels = torch.randint(5, (size,))
     anchors = unit(size, width, dtype=torch.float32).requires_grad_()
     saved: list[int] = []
@@ -369,7 +384,7 @@ def test_temperature_has_to_be_positive(temperature: float) -> None:
         ({"labels": torch.zeros(3)}, r"anchors: expected.*\(2, 4\) and \(3,\)"),
         ({"contrast": unit(5, 4)}, "needs contrast_labels"),
         ({"contrast_labels": torch.zeros(5)}, "go with a contrast set"),
-        ({"anchors_lead_contrast": True}, "go with a contrast set"),
+        ({"anchors_lead_contrast": True}, "goes with a contrast set"),
         (
             {"contrast": unit(5, 4), "contrast_labels": torch.zeros(4)},
             r"contrast: expected.*\(5, 4\) and \(4,\)",
