@@ -149,7 +149,6 @@ class BalancedSampler:
         self.across_processes = across_processes
         self.fixed_size = fixed_size
 
-    @torch.no_grad()
     def __call__(
         self, label_maps: Sequence[Tensor], generator: torch.Generator | None = None
     ) -> list[PixelDraw]:
@@ -163,6 +162,21 @@ class BalancedSampler:
         Returns:
             S draws, without repeated pixels. A draw may be empty (or all padding).
         """
+        if self.fixed_size:
+            return self._draw(label_maps, generator)
+        return self._draw_outside_graphs(label_maps, generator)
+
+    @torch.compiler.disable
+    def _draw_outside_graphs(
+        self, label_maps: Sequence[Tensor], generator: torch.Generator | None
+    ) -> list[PixelDraw]:
+        """One break of a compiled graph, where the host's numbers would make many."""
+        return self._draw(label_maps, generator)
+
+    @torch.no_grad()
+    def _draw(
+        self, label_maps: Sequence[Tensor], generator: torch.Generator | None
+    ) -> list[PixelDraw]:
         device, num_images = label_maps[0].device, label_maps[0].shape[0]
         capacities = [min(self.max_anchors, label_map.numel()) for label_map in label_maps]
         order, bounds = self._sort_pixels(label_maps)
@@ -327,10 +341,10 @@ def draw_without_replacement(first: Tensor, size: Tensor, rank: Tensor, random: 
     earlier = torch.empty_like(draws).scatter_(0, draws, torch.where(repeated, before, draws))
 
     # The draw that brought to the own place of each draw what it holds when its turn comes: the
-    # last one that swapped into it, other than the draw itself, which may have stayed where it is.
+    # last one that swapped into it, or the draw itself where there is none. (A draw that stays
+    # where it is finds itself too, but nobody asks: no later draw has to do with its place.)
     last = draws[(torch.searchsorted(places, own, right=True) - 1).clamp(min=0)]
-    origin = torch.where(last == index, earlier, last)
-    origin = torch.where(swapped[last] == own, origin, index)
+    origin = torch.where(swapped[last] == own, last, index)
     for _ in range(len(first).bit_length()):  # no chain is longer than the draws are many
         origin = origin.index_select(0, origin)
     return torch.where(earlier == index, swapped, own[origin[earlier]])

@@ -249,9 +249,16 @@ def test_draws_do_not_depend_on_the_type_of_the_labels(dtype: torch.dtype) -> No
 
 def test_values_that_wrap_to_a_class_are_ignored() -> None:
     # Each is 1 in its low 8, 16 or 32 bits.
-    values = [1, 257, 2**16 + 1, 1 - 2**16, 2**32 + 1, 1 - 2**32, 0]
-    draw = sample(torch.tensor(values).view(1, 1, -1), 2)
-    assert _pixels(draw) == [(0, 6), (0, 0)]
+    values = [1, 257, 2**16 + 1, 1 - 2**16, 2**32 + 1, 1 - 2**32]
+    label_map = torch.tensor(values + [0] * 10).view(1, 1, -1)
+    assert count_draw(sample(label_map, 2, floor=10)) == {(0, 0): 10, (1, 0): 1}
+
+
+def test_more_groups_than_two_bytes_can_number() -> None:
+    maps = [torch.stack([torch.randperm(9000) for _ in range(2)])[:, None] for _ in range(2)]
+    for draw, label_map in zip(BalancedSampler(9000, max_anchors=20_000)(maps), maps, strict=True):
+        check_draw(draw, label_map, 9000)
+        assert draw.class_counts == (2,) * 9000
 
 
 def test_scales_do_not_limit_each_other() -> None:
@@ -358,7 +365,27 @@ def test_shuffle_reaches_every_ordered_draw_once() -> None:
     assert triples == set(itertools.permutations(range(5), 3))
 
 
-# ---- draws of fixed size
+# ---- draws of fixed size, and compiled ones
+
+
+@pytest.mark.parametrize(("fixed_size", "breaks"), [(False, 1), (True, 0)])
+def test_a_compiled_draw_is_the_same(fixed_size: bool, breaks: int) -> None:
+    maps = [counted_map([9, 50, 30], [20, 0, 60]), counted_map([5, 6, 7], [0, 9, 9])]
+    sampler = BalancedSampler(3, max_anchors=60, fixed_size=fixed_size)
+
+    def draw(maps: list[Tensor]) -> list[PixelDraw]:
+        draws = sampler([label_map + 0 for label_map in maps])
+        return [draw._replace(pixel=draw.pixel + 0) for draw in draws]
+
+    assert torch._dynamo.explain(draw)(maps).graph_break_count == breaks
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    compiled = torch.compile(draw, backend="aot_eager", fullgraph=fixed_size)(maps)
+    torch.manual_seed(0)
+    for actual, expected in zip(compiled, draw(maps), strict=True):
+        assert actual.class_counts == expected.class_counts
+        for name in ("image", "pixel", "labels"):
+            assert torch.equal(getattr(actual, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize("balance", ["class", "image_class"])
