@@ -26,11 +26,21 @@ STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 SCALE_WEIGHTS = {"res2": 1.0, "res3": 0.7, "res4": 0.4, "res5": 0.1}
 CROSS_SCALE = [("res2", "res5", 1.0), ("res2", "res4", 1.0)]
 NUM_CLASSES = 4
+# Ways to project, as arguments of `build`.
+PROJECTIONS = {
+    "dense": {},
+    "dense, layer norms": {"norm": "layer"},
+    "map": {"projection": "sampled", "norm_statistics": "map"},
+    "draw": {"projection": "sampled", "norm_statistics": "draw"},
+    "layer norms": {"projection": "sampled", "norm": "layer"},
+    "linear": {"projection": "sampled", "num_hidden": 0},
+}
 
 
 def build(**arguments) -> MultiScaleContrast:
     """Multi- and cross-scale contrast of few anchors; `arguments` override the defaults."""
-    projector = MultiScaleProjector(CHANNELS, 6, num_hidden=arguments.pop("num_hidden", 1))
+    head = {name: arguments.pop(name) for name in ("num_hidden", "norm") if name in arguments}
+    projector = MultiScaleProjector(CHANNELS, 6, **{"num_hidden": 1, **head})
     sampler = arguments.pop("sampler", BalancedSampler(NUM_CLASSES, max_anchors=40, floor=10))
     defaults = {"scale_weights": SCALE_WEIGHTS, "cross_scale": CROSS_SCALE}
     return MultiScaleContrast(projector, sampler, **{**defaults, **arguments})
@@ -269,6 +279,25 @@ def test_the_release_leaves_out_what_is_smaller_than_five_pixels() -> None:
 # ---- degenerate crops
 
 
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("fixed_size", [False, True])
+def test_no_anchors_give_zeros_in_every_projection(projection: str, fixed_size: bool) -> None:
+    features, labels = random_batch(size=64)
+    labels[:] = 255
+    sampler = BalancedSampler(NUM_CLASSES, max_anchors=40, floor=10, fixed_size=fixed_size)
+    for num_anchors in (0, 1):
+        labels.view(-1)[:num_anchors] = 1
+        contrast = build(**PROJECTIONS[projection], sampler=sampler)
+        inputs = {name: f.clone().requires_grad_() for name, f in features.items()}
+        output = contrast(inputs, None, labels)
+        assert [loss.item() for loss in output.losses.values()] == [0] * 6
+        assert output.statistics["contrast/res2/anchors"] == num_anchors
+        found = gradients(sum(output.losses.values()), contrast)
+        found.update({name: f.grad for name, f in inputs.items()})
+        assert all(gradient is not None and not gradient.any() for gradient in found.values())
+        assert all(buffer.isfinite().all() for buffer in contrast.buffers())
+
+
 @pytest.mark.parametrize("preset", [ms_cs, ms_cs_release])
 @pytest.mark.parametrize("fill", [255, 2])
 def test_nothing_to_contrast_gives_zeros(preset, fill: int) -> None:
@@ -295,6 +324,138 @@ def test_a_class_that_vanishes_at_a_coarse_scale() -> None:
     assert all(loss.isfinite() and loss > 0 for loss in output.losses.values())
 
 
+# ---- projection
+
+
+def step(contrast: MultiScaleContrast, features: dict[str, Tensor], labels: Tensor) -> dict:
+    """All that a training step leaves behind, in float64."""
+    contrast = contrast.double()
+    inputs = double(features)
+    generator = torch.Generator().manual_seed(5)
+    output = contrast(inputs, None, labels, generator)
+    parameters = gradients(sum(output.losses.values()), contrast)
+    return {
+        "losses": {name: loss.detach() for name, loss in output.losses.items()},
+        "statistics": output.statistics,
+        "generator": generator.get_state(),
+        "buffers": dict(contrast.named_buffers()),
+        "features": {name: x.grad for name, x in inputs.items()},
+        "parameters": parameters,
+    }
+
+
+@pytest.mark.parametrize(
+    ("dense", "sampled"),
+    [
+        ({"norm": "layer", "num_hidden": 2}, {"norm": "layer", "num_hidden": 2}),
+        ({"num_hidden": 0}, {"num_hidden": 0}),
+    ],
+)
+@pytest.mark.parametrize("fixed_size", [False, True])
+def test_sampled_projection_is_dense_projection(
+    dense: dict, sampled: dict, fixed_size: bool
+) -> None:
+    features, labels = random_batch()
+    sampler = BalancedSampler(NUM_CLASSES, max_anchors=40, floor=10, fixed_size=fixed_size)
+    first = build(**dense, sampler=sampler)
+    second = build(**sampled, sampler=sampler, projection="sampled")
+    second.load_state_dict(first.state_dict())
+    expected = step(first, features, labels)
+    assert all(loss > 0 for loss in expected["losses"].values())
+    torch.testing.assert_close(step(second, features, labels), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("fixed_size", [False, True])
+def test_map_statistics_give_the_losses_of_dense_projection(fixed_size: bool) -> None:
+    features, labels = random_batch()
+    sampler = BalancedSampler(NUM_CLASSES, max_anchors=40, floor=10, fixed_size=fixed_size)
+    dense = build(num_hidden=2, sampler=sampler)
+    sampled = build(num_hidden=2, sampler=sampler, **PROJECTIONS["map"])
+    sampled.load_state_dict(dense.state_dict())
+    expected, found = step(dense, features, labels), step(sampled, features, labels)
+    for key in ("losses", "statistics", "generator", "buffers"):
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-9, atol=1e-12)
+    # No gradient through the statistics: only drawn pixels receive one.
+    at_stride_4 = found["features"]["res2"].abs().sum(1)
+    num_anchors = found["statistics"]["contrast/res2/anchors"]
+    # Some have hidden units that are all at rest.
+    assert 0.5 * num_anchors < (at_stride_4 > 0).sum() <= num_anchors
+    assert (expected["features"]["res2"].abs().sum(1) > 0).sum() > 5 * num_anchors
+
+
+def test_draw_statistics_are_those_of_each_scales_anchors() -> None:
+    features, labels = random_batch()
+    contrast = build(num_hidden=1, **PROJECTIONS["draw"]).double()
+    losses = run(contrast, double(features), labels).losses
+    maps = [downsample_labels(labels, features[name].shape[-2:]) for name in CHANNELS]
+    draws = contrast.sampler(maps, torch.Generator().manual_seed(1))
+    for name, drawn in zip(CHANNELS, draws, strict=True):
+        x = features[name].double().flatten(2)[drawn.image, :, drawn.pixel]
+        head = contrast.projector.heads[name]
+        hidden = (x @ head[0].weight.flatten(1).T).relu()
+        hidden = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + 1e-5).sqrt()
+        embeddings = hidden @ head[3].weight.flatten(1).T + head[3].bias
+        embeddings = torch.nn.functional.normalize(embeddings, dim=1)
+        expected = references.within_loss(embeddings, drawn.labels.tolist(), 0.1)
+        torch.testing.assert_close(
+            losses[f"loss_contrast_{name}"], 0.1 * SCALE_WEIGHTS[name] * expected
+        )
+
+
+@pytest.mark.parametrize("projection", ["map", "draw", "layer norms"])
+def test_padding_of_a_draw_of_fixed_size_changes_nothing(projection: str) -> None:
+    features, labels = random_batch()
+    results = []
+    for fixed_size in (False, True):
+        torch.manual_seed(0)
+        sampler = BalancedSampler(NUM_CLASSES, max_anchors=100, floor=5, fixed_size=fixed_size)
+        contrast = build(num_hidden=2, sampler=sampler, **PROJECTIONS[projection])
+        results.append(step(contrast, features, labels))
+    assert results[0]["statistics"]["contrast/res2/anchors"] < 100
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_checkpoints_fit_both_projections(norm: str) -> None:
+    features, labels = random_batch()
+    sampled = PROJECTIONS["draw"] if norm == "batch" else PROJECTIONS["layer norms"]
+    states = []
+    for arguments in ({"norm": norm}, {"norm": norm, **sampled}):
+        contrast = build(**arguments)
+        run(contrast, features, labels)
+        states.append({name: value.shape for name, value in contrast.state_dict().items()})
+        build(**PROJECTIONS["map"] if norm == "batch" else sampled).load_state_dict(
+            contrast.state_dict(), strict=True
+        )
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("projection", ["dense", "map", "layer norms"])
+def test_the_memory_format_of_features_does_not_matter(projection: str, memory_format) -> None:
+    features, labels = random_batch()
+    torch.manual_seed(0)
+    contrast = build(**PROJECTIONS[projection])
+    expected = step(copy.deepcopy(contrast), features, labels)
+    features = {n: f.contiguous(memory_format=memory_format) for n, f in features.items()}
+    torch.testing.assert_close(step(contrast, features, labels), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("projection", ["dense", "map"])
+def test_a_compiled_step_breaks_its_graph_once(projection: str) -> None:
+    features, labels = random_batch()
+    contrast = build(**PROJECTIONS[projection])
+    expected = run(copy.deepcopy(contrast), features, labels)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    output = run(torch.compile(contrast, backend="aot_eager"), features, labels)
+    assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 1
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (projection == "dense")
+    torch.testing.assert_close(output.losses, expected.losses)
+    found = gradients(sum(output.losses.values()), contrast)
+    assert all(g is not None and g.isfinite().all() for g in found.values())
+
+
 # ---- as a module
 
 
@@ -316,9 +477,10 @@ def test_maps_without_a_term_have_no_projector() -> None:
     assert set(contrast.projector.heads) == {"res3"}
 
 
-def test_bf16_autocast() -> None:
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_bf16_autocast(projection: str) -> None:
     features, labels = random_batch()
-    contrast = build(num_hidden=2)
+    contrast = build(**{"num_hidden": 2, **PROJECTIONS[projection]})
     plain = run(contrast, features, labels).losses
     reference = gradients(sum(plain.values()), contrast)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -413,13 +575,17 @@ class _HostWaits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_step_waits_once_for_the_device() -> None:
+@pytest.mark.parametrize("projection", PROJECTIONS)
+@pytest.mark.parametrize("fixed_size", [False, True])
+def test_a_step_waits_once_for_the_device(projection: str, fixed_size: bool) -> None:
     features, labels = random_batch()
-    contrast = build()
+    sampler = BalancedSampler(NUM_CLASSES, max_anchors=40, floor=10, fixed_size=fixed_size)
+    contrast = build(**PROJECTIONS[projection], sampler=sampler)
     with _HostWaits() as waits:
         output = contrast(features, None, labels)
         sum(output.losses.values()).backward()
-    assert waits.calls == ["cpu"]  # the pixel counts
+    # How many anchors there are.
+    assert len(waits.calls) == (0 if fixed_size else 1), waits.calls
 
 
 @pytest.mark.gpu
@@ -469,6 +635,15 @@ def test_a_step_waits_once_for_the_gpu() -> None:
             r"\(res5, res2\) twice",
         ),
         ({"across_processes": True}, "across_processes=True here and False in the sampler"),
+        ({"projection": "rows"}, "projection='rows': choose 'dense' or 'sampled'"),
+        ({"norm_statistics": "draw"}, "norm_statistics='draw' with projection='dense'"),
+        (
+            {"projection": "sampled", "norm_statistics": "batch"},
+            "norm_statistics='batch': choose 'map', 'draw' or None",
+        ),
+        ({"projection": "sampled"}, "norm_statistics=None.*must be 'map' or 'draw'"),
+        ({**PROJECTIONS["map"], "norm": "layer"}, "='map'.*None for one without"),
+        ({**PROJECTIONS["draw"], "num_hidden": 0}, "='draw'.*None for one without"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
