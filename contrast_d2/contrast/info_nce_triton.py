@@ -205,8 +205,10 @@ def _similarities(
     for first in range(0, WIDTH, BLOCK_D):
         x = _load(row_pointer, row_start, num_rows, first, BLOCK_R, D, BLOCK_D)
         y = _load(column_pointer, column_start, num_columns, first, BLOCK_Q, D, BLOCK_D)
-        products = tl.dot(x, tl.trans(y), products, input_precision=PRECISION)
-    return products * scale
+        # Tensor cores round each partial sum towards zero, so that long sums come out too small:
+        # short ones are added here. Without the factor the compiler would join them again.
+        products += scale * tl.dot(x, tl.trans(y), input_precision=PRECISION)
+    return products
 
 
 @_jit
@@ -454,12 +456,18 @@ def _gradient_kernel(
         if BLOCK_D < WIDTH:
             y = _load(column_pointer, start, num_columns, 0, BLOCK_Q, D, WIDTH)
         d_logits = d_logits.to(FACTORS).to(y.dtype)
-        gradient = tl.dot(d_logits, y, gradient, input_precision=PRECISION)
+        if PRECISION == "tf32x3":
+            # As in the similarities, for sums over thousands of columns.
+            gradient += scale * tl.dot(d_logits, y, input_precision=PRECISION)
+        else:
+            gradient = tl.dot(d_logits, y, gradient, input_precision=PRECISION)
+    if PRECISION != "tf32x3":
+        gradient = gradient * scale
     elements = tl.arange(0, WIDTH)
     share = tl.cast(tl.program_id(1), tl.int64) * num_rows
     place = gradient_pointer + (share + rows)[:, None] * D + elements[None, :]
     inside = (rows < num_rows)[:, None] & (elements < D)[None, :]
-    tl.store(place, gradient * scale, mask=inside)
+    tl.store(place, gradient, mask=inside)
 
 
 # ---- launching them
@@ -504,22 +512,16 @@ class _Kernels:
     def __init__(self, like: Tensor, temperature: float, products: str) -> None:
         self.scale = 1 / temperature
         self.dtype = torch.bfloat16 if products == "bf16" else torch.float32
-        self.processors = 1
+        self.precision = "tf32" if products == "bf16" else _input_precision()
+        self.processors, large = 1, False
         if like.is_cuda:
             properties = torch.cuda.get_device_properties(like.device)
             self.processors = properties.multi_processor_count
-        width = max(16, triton.next_power_of_2(like.shape[1]))
-        self.blocks = _choose_blocks(width, self.dtype, _has_large_shared_memory(like.device))
-        self.constants = {
-            "D": like.shape[1],
-            "WIDTH": width,
-            "BLOCK_R": self.blocks.rows,
-            "BLOCK_Q": self.blocks.columns,
-            "BLOCK_D": self.blocks.width,
-            "PRECISION": _input_precision(),
-            "num_warps": self.blocks.warps,
-            "num_stages": self.blocks.stages,
-        }
+            large = properties.major in (9, 10)
+        self.embed_dim = like.shape[1]
+        self.width = max(16, triton.next_power_of_2(self.embed_dim))
+        self.loss_blocks = _choose_blocks(self.width, self.dtype, large, gradient=False)
+        self.gradient_blocks = _choose_blocks(self.width, self.dtype, large, gradient=True)
 
     def prepare(self, embeddings: Tensor, labels: Tensor) -> _Samples:
         """Casts once what the kernels read many times."""
@@ -530,19 +532,26 @@ class _Kernels:
 
     def negatives(self, anchors: _Samples, contrast: _Samples) -> Tensor:
         """(A,) log-sum-exps over the negatives; -inf without any."""
-        shares = self._num_shares(anchors, contrast)
+        shares = self._num_shares(anchors, contrast, self.loss_blocks)
         lse_SA = anchors.embeddings.new_empty(shares, len(anchors.labels), dtype=torch.float32)
-        self._launch(_negatives_kernel, shares, anchors, contrast, lse_SA)
+        self._launch(_negatives_kernel, self.loss_blocks, shares, anchors, contrast, lse_SA)
         return lse_SA.logsumexp(dim=0)
 
     def positives(
         self, anchors: _Samples, contrast: _Samples, lse: Tensor, exclude_self: bool
     ) -> Tensor:
         """(3, A) sums over the positives: the softplus, its derivative, and 1."""
-        shares = self._num_shares(anchors, contrast)
+        shares = self._num_shares(anchors, contrast, self.loss_blocks)
         sums_3SA = lse.new_empty(3, shares, len(lse))
         self._launch(
-            _positives_kernel, shares, anchors, contrast, lse, sums_3SA, EXCLUDE_SELF=exclude_self
+            _positives_kernel,
+            self.loss_blocks,
+            shares,
+            anchors,
+            contrast,
+            lse,
+            sums_3SA,
+            EXCLUDE_SELF=exclude_self,
         )
         return sums_3SA.sum(dim=1)
 
@@ -557,10 +566,11 @@ class _Kernels:
         exclude_self: bool,
     ) -> Tensor:
         """Gradient (N, D) of the losses of the anchors among both with respect to the rows."""
-        shares = self._num_shares(rows, columns)
+        shares = self._num_shares(rows, columns, self.gradient_blocks)
         gradient_SND = terms.lse.new_empty(shares, *rows.embeddings.shape)
         self._launch(
             _gradient_kernel,
+            self.gradient_blocks,
             shares,
             rows,
             columns,
@@ -573,15 +583,17 @@ class _Kernels:
         )
         return gradient_SND[0] if shares == 1 else gradient_SND.sum(dim=0)
 
-    def _num_shares(self, rows: _Samples, columns: _Samples) -> int:
+    def _num_shares(self, rows: _Samples, columns: _Samples, blocks: _Blocks) -> int:
         programs = _PROGRAMS_PER_PROCESSOR * self.processors
-        row_blocks = triton.cdiv(len(rows.labels), self.blocks.rows)
-        column_blocks = triton.cdiv(len(columns.labels), self.blocks.columns)
-        return min(triton.cdiv(programs, row_blocks), column_blocks)
+        row_blocks = triton.cdiv(len(rows.labels), blocks.rows)
+        return min(
+            triton.cdiv(programs, row_blocks), triton.cdiv(len(columns.labels), blocks.columns)
+        )
 
     def _launch(
         self,
         kernel: Any,
+        blocks: _Blocks,
         shares: int,
         rows: _Samples,
         columns: _Samples,
@@ -589,28 +601,42 @@ class _Kernels:
         **constants: Any,
     ) -> None:
         num_rows, num_columns = len(rows.labels), len(columns.labels)
-        # Triton launches on the current device, whatever the tensors' is.
+        # Triton launches on the current device, whichever the tensors are on.
         with torch.cuda.device_of(rows.embeddings):
-            kernel[(triton.cdiv(num_rows, self.blocks.rows), shares)](
+            kernel[(triton.cdiv(num_rows, blocks.rows), shares)](
                 *rows,
                 *columns,
                 *tensors,
                 num_rows,
                 num_columns,
                 self.scale,
-                **self.constants,
+                D=self.embed_dim,
+                WIDTH=self.width,
+                BLOCK_R=blocks.rows,
+                BLOCK_Q=blocks.columns,
+                BLOCK_D=blocks.width,
+                PRECISION=self.precision,
+                num_warps=blocks.warps,
+                num_stages=blocks.stages,
                 **constants,
             )
 
 
-def _choose_blocks(width: int, dtype: torch.dtype, large_shared_memory: bool) -> _Blocks:
-    """Sizes that fit the registers and shared memory of a multiprocessor.
+def _choose_blocks(
+    width: int, dtype: torch.dtype, large_shared_memory: bool, *, gradient: bool
+) -> _Blocks:
+    """Sizes that fit the registers and the shared memory of a multiprocessor.
 
-    The accumulator of a gradient, rows x width, is what fills the registers: 16,384 floats are 64
-    for each thread of eight warps, and as many again for what else it holds. Shared memory takes
-    the rows, and the columns once per stage.
+    Args:
+        width: D rounded up to a power of two.
+        dtype: of the factors.
+        large_shared_memory: a block may have 227 KB, as in the data centre since Hopper, and not
+            just the 99 of other GPUs.
+        gradient: the kernel keeps a gradient, rows x width, in registers: 16,384 floats are 64 for
+            each thread of eight warps, and leave it 190 for the block of similarities.
     """
     if dtype == torch.bfloat16:
+        # The rows stay in shared memory, and a block of columns per stage.
         rows = 128 if large_shared_memory else 64
         return _Blocks(
             rows=max(16, min(rows, rows * 256 // width)),
@@ -619,20 +645,13 @@ def _choose_blocks(width: int, dtype: torch.dtype, large_shared_memory: bool) ->
             warps=8,
             stages=2,
         )
-    # The three TF32 products split each factor in two, which doubles its place: both sets are read
-    # piece by piece, from the L2 cache.
-    return _Blocks(
-        rows=max(16, min(64, 16384 // width)),
-        columns=max(16, min(32, 8192 // width)),
-        width=min(width, 32),
-        warps=8,
-        stages=2,
-    )
-
-
-def _has_large_shared_memory(device: torch.device) -> bool:
-    """Whether a block may have 227 KB, as in the data centre since Hopper, and not just 99."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    # Three products of TF32 parts need twice the place for each factor: both sets are read piece by
+    # piece, from the L2 cache, which large blocks relieve.
+    if gradient:
+        rows, columns = max(16, min(64, 16384 // width)), max(16, min(32, 8192 // width))
+    else:
+        rows, columns = 128, 64
+    return _Blocks(rows=rows, columns=columns, width=min(width, 32), warps=8, stages=2)
 
 
 def _input_precision() -> str:
