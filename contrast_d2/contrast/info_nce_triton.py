@@ -36,9 +36,9 @@ try:
 except ImportError:
     triton = tl = None
 
-# Programs per multiprocessor: enough to even out the last round. With blocks of 64 rows it also
-# bounds what the shares of the gradients take, on any GPU and for any A: 35 MB on one of 132
-# multiprocessors, at D = 256.
+# Programs per multiprocessor: enough to even out the last round. Since there are more shares only
+# while there are few rows, it also bounds what the shares of a gradient take, for any A: 35 MB on a
+# GPU of 132 multiprocessors, at D = 256 and 64 rows in a block.
 _PROGRAMS_PER_PROCESSOR = 4
 # Wider rows would leave the accumulator of a gradient fewer than the 16 rows that a product needs.
 _MAX_WIDTH = 1024

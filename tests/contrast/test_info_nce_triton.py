@@ -311,6 +311,14 @@ def test_any_width(form: str, width: int) -> None:
 
 
 @kernel_test
+@pytest.mark.parametrize("A", [1, 2, 64, 65])
+def test_blocks_with_one_sample_and_full_ones(A: int) -> None:
+    sets = Sets("within", A, 16)
+    sets.labels[-1] = sets.labels[0] = 0  # a positive of the first stands last, alone in its block
+    assert_error_at_most_twice_plain(sets, 0.1)
+
+
+@kernel_test
 @pytest.mark.parametrize("products", ["fp32", "bf16"])
 def test_blocks_of_the_usual_sizes(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
