@@ -371,6 +371,17 @@ def test_opposite_and_equal_vectors_at_a_low_temperature() -> None:
     assert_results_close(sets.run(0.01), expected, 1e-4)
 
 
+@kernel_test
+def test_the_loss_of_separated_classes_keeps_its_digits() -> None:
+    # Gaps of -17: 1 + e^gap is 1 in fp32, and its logarithm would be 0.
+    sets = Sets("within", 40, 16)
+    sets.labels = torch.arange(40) // 20
+    sets.anchors = (1.0 - 2 * sets.labels[:, None]) * unit(1, 16)
+    expected = sets.expected(0.1)
+    assert 0 < expected.total < 1e-5
+    assert_results_close(sets.run(0.1), expected, 1e-4)
+
+
 # ---- how the work is cut
 
 
