@@ -154,11 +154,7 @@ class Projector(nn.Sequential):
         given = iter(statistics)
         hidden = features
         for layer in islice(self, depth):
-            if isinstance(layer, nn.Conv2d):
-                # Detached, because autocast would keep a copy of the weight without a graph, and
-                # hand it to the layers that are to be trained.
-                hidden = F.conv2d(hidden, layer.weight.detach())
-            elif isinstance(layer, _BatchNorm):
+            if isinstance(layer, _BatchNorm):
                 mean, var, _ = next(given)
                 hidden = F.batch_norm(hidden, mean, var, layer.weight, layer.bias, eps=layer.eps)
             else:

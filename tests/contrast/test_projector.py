@@ -124,6 +124,9 @@ def trained(num_hidden: int = 2, norm: str = "batch") -> Projector:
         for layer in projector:
             if not isinstance(layer, (nn.Conv2d, nn.ReLU)):
                 layer.weight.uniform_(0.5, 2), layer.bias.normal_()
+        for name, buffer in projector.named_buffers():
+            if "running" in name:
+                buffer.uniform_(0.5, 2)
     return projector
 
 
@@ -243,7 +246,7 @@ def test_statistics_in_fp32_do_not_cancel(monkeypatch, offset: float) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_weights_learn_under_autocast(dtype: torch.dtype) -> None:
-    # autocast keeps casted copies of weights; one that was made without a graph would stay so.
+    # autocast keeps cast copies of weights; one that was made without a graph must not be used.
     head = trained().float()
     features = random_map(2, 6, 4, 5).float()
     rows = as_rows(features)[::7]
@@ -267,12 +270,12 @@ def test_weights_learn_under_autocast(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer"])
-@pytest.mark.parametrize("num_rows", [0, 1])
-def test_no_row_and_a_single_one(norm: str, num_rows: int) -> None:
+@pytest.mark.parametrize(("num_rows", "num_valid"), [(0, 0), (1, 1), (3, 0), (3, 1)])
+def test_no_row_and_a_single_one(norm: str, num_rows: int, num_valid: int) -> None:
     head = trained(norm=norm)
     before = copy.deepcopy(dict(head.named_buffers()))
     rows = torch.rand(num_rows, 6, dtype=torch.float64, requires_grad=True)
-    embeddings = head.project_rows(rows, everything(rows))
+    embeddings = head.project_rows(rows, torch.arange(num_rows) < num_valid)
     assert embeddings.shape == (num_rows, 4) and embeddings.isfinite().all()
     embeddings.sum().backward()
     gradients = [rows.grad, *(p.grad for p in head.parameters())]
@@ -280,11 +283,14 @@ def test_no_row_and_a_single_one(norm: str, num_rows: int) -> None:
     assert head[6].bias.grad.tolist() == [num_rows] * 4
     if norm == "batch":
         after = dict(head.named_buffers())
-        assert after["2.num_batches_tracked"] == num_rows
-        assert torch.equal(after["2.running_mean"], before["2.running_mean"]) == (num_rows == 0)
-        # torch divides by the count less one; for one pixel nothing is left to divide.
-        expected = before["2.running_var"] * (1 if num_rows == 0 else 0.9)
-        torch.testing.assert_close(after["2.running_var"], expected)
+        assert after["2.num_batches_tracked"] == num_valid
+        hidden = (rows[:num_valid].detach() @ head[0].weight.detach()[:, :, 0, 0].T).relu()
+        moved = 0.1 * num_valid
+        torch.testing.assert_close(
+            after["2.running_mean"], (1 - moved) * before["2.running_mean"] + 0.1 * hidden.sum(0)
+        )
+        # torch divides by the count less one; one pixel has no variance to divide.
+        torch.testing.assert_close(after["2.running_var"], (1 - moved) * before["2.running_var"])
 
 
 def test_padding_does_not_enter_the_statistics() -> None:
