@@ -96,7 +96,8 @@ def test_direction_of_imports(file: Path) -> None:
 )
 def test_contrast_needs_torch_only(file: Path) -> None:
     roots = {name.split(".")[0] for name in imports(file)}
-    assert roots - set(sys.stdlib_module_names) <= {"torch", "numpy", PACKAGE}
+    # Triton comes with PyTorch where it is of use.
+    assert roots - set(sys.stdlib_module_names) <= {"torch", "triton", "numpy", PACKAGE}
 
 
 def test_contrast_is_usable_without_detectron2() -> None:

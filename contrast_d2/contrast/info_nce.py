@@ -185,7 +185,7 @@ class _InfoNCE(Function):
         count = (labels >= 0).sum() if count_empty_anchors else result.num_valid
         count = count.clamp(min=1)
         ctx.save_for_backward(count, result.d_anchors, result.d_contrast)
-        return result.total / count
+        return (result.total / count).to(anchors.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -194,7 +194,7 @@ class _InfoNCE(Function):
             # loss.backward(create_graph=True) it would drop the second derivative in silence.
             raise RuntimeError("info_nce cannot be differentiated twice: leave out create_graph.")
         count, d_anchors, d_contrast = ctx.saved_tensors
-        grad = grad / count
+        grad = grad / count.to(grad.dtype)
         return (
             None if d_anchors is None else d_anchors * grad,
             None if d_contrast is None else d_contrast * grad,

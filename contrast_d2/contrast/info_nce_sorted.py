@@ -40,10 +40,14 @@ _ROWS = 256
 _COLUMNS = 1024
 # Small classes share a block of about so many rows; its positives are then looked up one by one.
 _MIXED_ROWS = 128
+# So few anchors make one block, in which no symmetry is used.
+_FEW_ROWS = 512
 _CACHE_BYTES = 64 << 20
 # Elements of a block of rows against a contrast set.
 _BLOCK_ELEMENTS = 1 << 22
 _LEAST_ROWS = 32
+# Terms of a product that are summed at a time where they point the same way.
+_PULL_STEP = 64
 # e^88 is the largest power of e in fp32.
 _MAX_EXPONENT = 87.0
 
@@ -80,16 +84,21 @@ def sorted_info_nce(
         among = _AmongThemselves(own, temperature, needs_gradient[0], products)
         among.run()
         gradient = _scatter(among.gradient, own.order, anchors) if needs_gradient[0] else None
-        return KernelResult(among.losses.sum(), among.num_valid, gradient, None)
+        return KernelResult(_total(among.losses), among.num_valid, gradient, None)
     other = _order_by_class(contrast, contrast_labels, contrast_class_counts)
     against = _AgainstSet(own, other, temperature, needs_gradient, products)
     against.run(own_columns=_own_columns(own, other) if anchors_lead_contrast else None)
     return KernelResult(
-        against.losses.sum(),
+        _total(against.losses),
         against.num_valid,
         _scatter(against.d_anchors, own.order, anchors) if needs_gradient[0] else None,
         _scatter(against.d_contrast, other.order, contrast) if needs_gradient[1] else None,
     )
+
+
+def _total(losses: Tensor) -> Tensor:
+    """Their sum, in fp64: the mean is then rounded once."""
+    return losses.sum(dtype=torch.float64)
 
 
 class _Samples(NamedTuple):
@@ -167,12 +176,17 @@ class _Block(NamedTuple):
         return self.last - self.first > 1
 
 
-def _blocks(starts: np.ndarray, max_rows: int) -> list[_Block]:
-    """Divides ordered samples into blocks of at most about `max_rows` rows."""
+def _blocks(starts: np.ndarray, max_rows: int, mixed_rows: int) -> list[_Block]:
+    """Divides ordered samples into blocks.
+
+    Args:
+        starts: first row of each class, and the number of rows.
+        max_rows: about the most rows of a block.
+        mixed_rows: about the most rows of a block of several classes.
+    """
     sizes = np.diff(starts)
     if len(sizes) == 0:
         return []
-    mixed_rows = min(_MIXED_ROWS, max_rows)
     alone = sizes > mixed_rows // 2
     window = starts[:-1] // mixed_rows
     opens = np.ones(len(sizes), dtype=bool)
@@ -208,25 +222,29 @@ class _Positives(NamedTuple):
 
 
 def _find_positives(
-    starts: np.ndarray, counts: np.ndarray, own_columns: np.ndarray | None, dtype: torch.dtype
+    runs: np.ndarray, sizes: np.ndarray, own_columns: np.ndarray | None, dtype: torch.dtype
 ) -> _Positives:
-    """Looks up the positives of R anchors.
+    """Looks up the positives of R anchors of k classes.
 
     Args:
-        starts, counts: (R,) the run of columns of each anchor's class.
+        runs: (k, 2) first column and number of columns of each class.
+        sizes: (k,) number of anchors of each class, R in all.
         own_columns: (R,) the column of the anchor itself; None where it has none.
     """
+    starts, counts = runs[:, :1], runs[:, 1:]
     place = np.arange(counts.max(initial=0))
-    present = place < counts[:, None]
-    columns = np.where(present, starts[:, None] + place, starts[:, None])
+    there = place < counts
+    columns = np.repeat(np.where(there, starts + place, starts), sizes, axis=0)
+    present = np.repeat(there.astype(np.float32), sizes, axis=0)
     num_positives = counts
     if own_columns is not None:
-        present &= columns != own_columns[:, None]
+        present[np.arange(len(present)), own_columns - columns[:, 0]] = 0
         num_positives = counts - 1
+    weights = np.repeat(1 / np.maximum(num_positives, 1), sizes, axis=0)
     return _Positives(
         torch.from_numpy(columns),
         torch.from_numpy(present).to(dtype),
-        torch.from_numpy(1 / np.maximum(num_positives, 1)).to(dtype)[:, None],
+        torch.from_numpy(weights).to(dtype),
     )
 
 
@@ -255,6 +273,16 @@ def _add_product(target: Tensor, weights: Tensor, factor: Tensor, scale: float =
         target.add_(weights.to(factor.dtype) @ factor, alpha=scale)
 
 
+def _add_pull(target: Tensor, weights: Tensor, factor: Tensor, scale: float = 1.0) -> None:
+    """The same for weights that hold positives: a long run of terms that point the same way.
+
+    One after the other they would lose digits to the growing sum, so a few at a time are summed.
+    """
+    for start in range(0, len(factor), _PULL_STEP):
+        step = slice(start, start + _PULL_STEP)
+        _add_product(target, weights[:, step], factor[step], scale)
+
+
 class _AmongThemselves:
     """Anchors against each other, by the upper triangle of the similarities."""
 
@@ -270,6 +298,8 @@ class _AmongThemselves:
         self.losses = rows.new_zeros(len(rows))
         self.num_valid = rows.new_full((), int(sizes[sizes > 1].sum()))
         self.gradient = torch.zeros_like(rows) if needs_gradient else rows.new_zeros(0)
+        # Apart until the end, so that the many small terms of the gradient are added up first.
+        self._attraction = torch.zeros_like(self.gradient)
         self._factor = _lower(rows, products)
         self._sums = rows.new_zeros(len(rows))  # e^n_i
         self._pushes = rows.new_zeros(len(rows))
@@ -278,7 +308,8 @@ class _AmongThemselves:
     def run(self) -> None:
         if len(self.starts) < 3:  # no second class, no negative: loss and gradient are 0
             return
-        blocks = _blocks(self.starts, _ROWS)
+        few = len(self.rows) <= _FEW_ROWS
+        blocks = _blocks(self.starts, _ROWS, _FEW_ROWS if few else _MIXED_ROWS)
         most_rows = max(block.stop - block.start for block in blocks)
         tiles = _TileCache(most_rows * min(_COLUMNS, len(self.rows)), self.rows)
         open_blocks: list[_Block] = []
@@ -297,7 +328,7 @@ class _AmongThemselves:
                 for tile in tiles.take_until(block.class_stop):
                     self._repel(tile, tiles)
         if self.needs_gradient:
-            self.gradient.mul_(self.sharpness)
+            self.gradient.add_(self._attraction).mul_(self.sharpness)
 
     def _similarities(
         self, rows: slice, columns: slice, out: Tensor, sharpness: float | None = None
@@ -346,20 +377,18 @@ class _AmongThemselves:
             pull = sigmoids.add_(others)
         if not self.needs_gradient:
             return
-        _add_product(self.gradient[rows], pull, self._factor[columns], -weight)
+        _add_pull(self._attraction[rows], pull, self._factor[columns], -weight)
         if not within:
-            _add_product(self.gradient[columns], pull.T, self._factor[rows], -weight)
+            _add_pull(self._attraction[columns], pull.T, self._factor[rows], -weight)
 
     def _attract_in_mixed(self, block: _Block) -> None:
         """All pairs within a block of several whole classes."""
         rows = block.rows
         number = block.stop - block.start
         sizes = np.diff(self.starts[block.first : block.last + 1])
+        starts = self.starts[block.first : block.last] - block.start
         positives = _find_positives(
-            np.repeat(self.starts[block.first : block.last] - block.start, sizes),
-            np.repeat(sizes, sizes),
-            np.arange(number),
-            self.rows.dtype,
+            np.stack([starts, sizes], axis=1), sizes, np.arange(number), self.rows.dtype
         )
         similarities = self._similarities(rows, rows, self.rows.new_empty(number, number))
         gaps = similarities.gather(1, positives.columns).neg_().exp_()
@@ -376,7 +405,7 @@ class _AmongThemselves:
             # Surplus places add 0 to a column that another place may have written.
             d_similarities.scatter_add_(1, positives.columns, pull.neg_())
             symmetric = d_similarities + d_similarities.T
-            _add_product(self.gradient[rows], symmetric, self._factor[rows])
+            _add_pull(self._attraction[rows], symmetric, self._factor[rows])
 
     def _repel(self, tile: _Tile, tiles: _TileCache) -> None:
         """Gradients of the negatives of a tile, for its rows and its columns."""
@@ -511,7 +540,7 @@ class _AgainstSet:
         self.num_valid.fill_(int(sizes[self._runs[:, 1] >= least].sum()))
         max_rows = max(_LEAST_ROWS, min(_ROWS, _BLOCK_ELEMENTS // max(len(self.columns), 1)))
         if len(self.columns):
-            for block in _blocks(self.starts, max_rows):
+            for block in _blocks(self.starts, max_rows, max_rows):
                 self._visit(block, None if own_columns is None else own_columns[block.rows])
         for gradient in (self.d_anchors, self.d_contrast):
             gradient.mul_(self.sharpness)
@@ -521,8 +550,8 @@ class _AgainstSet:
         sizes = np.diff(self.starts[block.first : block.last + 1])
         if not block.is_mixed:
             sizes[:] = block.stop - block.start
-        starts, counts = np.repeat(self._runs[block.first : block.last], sizes, axis=0).T
-        positives = _find_positives(starts, counts, own_columns, self.rows.dtype)
+        runs = self._runs[block.first : block.last]
+        positives = _find_positives(runs, sizes, own_columns, self.rows.dtype)
         similarities = (self.rows[rows] @ self.columns.T).mul_(self.sharpness)
         gaps = similarities.gather(1, positives.columns).neg_().exp_()
         exponentials = similarities.exp_().scatter_(1, positives.columns, 0)
@@ -539,6 +568,6 @@ class _AgainstSet:
         d_similarities.scatter_add_(1, positives.columns, pull.neg_())
         d_similarities = d_similarities.to(self._row_factor.dtype)
         if self.needs_gradient[0]:
-            _add_product(self.d_anchors[rows], d_similarities, self._column_factor)
+            _add_pull(self.d_anchors[rows], d_similarities, self._column_factor)
         if self.needs_gradient[1]:
-            _add_product(self.d_contrast, d_similarities.T, self._row_factor[rows])
+            _add_pull(self.d_contrast, d_similarities.T, self._row_factor[rows])

@@ -22,7 +22,6 @@ shares; WIDTH is D rounded up to a power of two, of which BLOCK_D are multiplied
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -32,7 +31,8 @@ from .kernel_result import KernelResult
 
 try:
     # Of PyTorch's wheels, only those for CUDA bring it.
-    triton, tl = import_module("triton"), import_module("triton.language")
+    import triton
+    import triton.language as tl
 except ImportError:
     triton = tl = None
 

@@ -13,8 +13,8 @@ class KernelResult(NamedTuple):
     Without a contrast set the anchors meet each other, and `d_anchors` holds both of their roles.
 
     Attributes:
-        total: 0-dim fp32 (or fp64), sum over anchors of the mean loss over their positives.
-        num_valid: 0-dim, of the same dtype, number of anchors that have a positive.
+        total: 0-dim, of fp32 at least, sum over anchors of the mean loss over their positives.
+        num_valid: 0-dim, number of anchors that have a positive.
         d_anchors: (A, D) gradient of `total` with respect to the anchors; None where not asked for.
         d_contrast: (C, D) gradient with respect to the contrast set; None where not asked for, and
             without a contrast set.

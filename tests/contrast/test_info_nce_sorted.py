@@ -37,6 +37,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in zip(names, TILES[request.param], strict=True):
         monkeypatch.setattr(info_nce_sorted, name, value)
     monkeypatch.setattr(info_nce_sorted, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(info_nce_sorted, "_FEW_ROWS", 0)
     monkeypatch.setattr(info_nce_sorted, "_BLOCK_ELEMENTS", 500)
 
 
@@ -140,7 +141,7 @@ def test_padding_is_no_anchor(tiles: None) -> None:
 
 
 def test_cache_keeps_what_it_can_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_ROWS", 8), ("_MIXED_ROWS", 8), ("_COLUMNS", 16)):
+    for name, value in (("_ROWS", 8), ("_MIXED_ROWS", 8), ("_COLUMNS", 16), ("_FEW_ROWS", 0)):
         monkeypatch.setattr(info_nce_sorted, name, value)
     anchors, labels = samples([10] * 20)
     computed_again, places = [], []
@@ -173,7 +174,7 @@ def test_cache_keeps_what_it_can_and_no_more(monkeypatch: pytest.MonkeyPatch) ->
 def test_places_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     # Tiles are freed as soon as both of their classes have met all others: about half of the upper
     # triangle is alive at a time.
-    for name, value in (("_ROWS", 10), ("_MIXED_ROWS", 10), ("_COLUMNS", 10)):
+    for name, value in (("_ROWS", 10), ("_MIXED_ROWS", 10), ("_COLUMNS", 10), ("_FEW_ROWS", 0)):
         monkeypatch.setattr(info_nce_sorted, name, value)
     taken = []
     place = info_nce_sorted._TileCache._place
