@@ -10,12 +10,13 @@ READY := $(VENV)/.ready
 BUSY := $(VENV)/.busy
 DEMO := output/demo
 
-.PHONY: help setup demo test lint format clean
+.PHONY: help setup demo test bench lint format clean
 
 help:
 	@echo "make setup    create .venv with everything that the demo and the tests need"
 	@echo "make demo     train and evaluate on the built-in shapes, leave pictures in $(DEMO)"
 	@echo "make test     run the tests; make test ARGS='-k shapes' runs some of them"
+	@echo "make bench    measure speed and memory, rewrite results/performance_* and their tables"
 	@echo "make lint     check the code with ruff;  make format  rewrites it"
 	@echo "make clean    remove .venv, caches and the demo's output"
 	@echo "PYTHON=python3.12 chooses the interpreter (now: $(PYTHON))"
@@ -47,6 +48,13 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
+
+# On a machine that does nothing else; about ten minutes. Broken promises are told at the end.
+bench: $(READY)
+	$(BIN)/python tools/benchmark.py growth --output results/performance_growth.json
+	$(BIN)/python tools/benchmark.py projection --output results/performance_projection.json
+	$(BIN)/python tools/benchmark.py contrast --check --output results/performance_cpu.json; \
+	status=$$?; $(BIN)/python tools/benchmark.py tables && exit $$status
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -4,6 +4,9 @@
 Usage:
     python tools/benchmark.py contrast --threads 1 --output results/performance_cpu.json --check
     python tools/benchmark.py contrast --shapes infonce_2048 cityscapes_b2
+    python tools/benchmark.py growth --output results/performance_growth.json
+    python tools/benchmark.py projection --output results/performance_projection.json
+    python tools/benchmark.py tables
 """
 
 from __future__ import annotations
@@ -13,7 +16,8 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
 # ruff: noqa: E402
 import torch
-from bench import cases, contrast
+from bench import cases, contrast, growth, projection, tables
 from bench.machine import KEPT_HEAP, heap_is_kept
 
 
@@ -38,6 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_contrast(commands)
+    _add_growth(commands)
+    _add_projection(commands)
+    _add_tables(commands)
     options = parser.parse_args(arguments)
     try:
         return options.run(options)
@@ -47,60 +54,120 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _add_contrast(commands: Any) -> None:
-    parser = _add_command(
-        commands,
-        "contrast",
-        "the contrastive step and the InfoNCE, against limit and peers",
-        _contrast,
+    parser = _add_measurement(
+        commands, "contrast", "the contrastive step and the InfoNCE, against limit and peers"
     )
+    parser.set_defaults(run=_contrast)
     parser.add_argument(
         "--shapes",
         nargs="+",
-        choices=sorted(cases.ALL_CASES),
+        choices=list(cases.ALL_CASES),
         default=list(cases.CASES),
         metavar="NAME",
-        help=f"which to measure, of {', '.join(cases.ALL_CASES)} (default: all but the last ones, "
-        "which are for tests and for --large)",
+        help=f"which to measure, of {', '.join(cases.ALL_CASES)} (default: the first "
+        f"{len(cases.CASES)})",
     )
     parser.add_argument("--large", action="store_true", help="also run 100,000 anchors, once")
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="rounds (default 20)")
-    parser.add_argument(
-        "--seconds", type=float, default=30, help="begin no round of a case after it (default 30)"
-    )
     parser.add_argument("--check", action="store_true", help="fail where a promise does not hold")
 
 
-def _add_command(
-    commands: Any, name: str, summary: str, run: Callable[[argparse.Namespace], int]
-) -> argparse.ArgumentParser:
+def _add_growth(commands: Any) -> None:
+    parser = _add_measurement(
+        commands, "growth", "time and memory against anchors, classes, batch and image size"
+    )
+    parser.set_defaults(run=_growth)
+    parser.add_argument(
+        "--largest", type=int, default=16384, metavar="N", help="most anchors (default 16384)"
+    )
+
+
+def _add_projection(commands: Any) -> None:
+    parser = _add_measurement(
+        commands, "projection", "a training step with dense and with sampled projection"
+    )
+    parser.set_defaults(run=_projection, repeats=5)
+    parser.add_argument(
+        "--backbone", default="hrnet_w48", help="of timm, under the FCN head (default hrnet_w48)"
+    )
+    parser.add_argument("--batch", type=int, default=1, help="images (default 1)")
+    parser.add_argument("--height", type=int, default=512, help="of an image (default 512)")
+    parser.add_argument("--width", type=int, default=1024, help="of an image (default 1024)")
+
+
+def _add_measurement(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary, description=f"Measure {summary}.")
-    parser.set_defaults(run=run)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"cpu or cuda (default {default})")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default 1)")
+    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="rounds at most")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=20,
+        help="begin no further round after so long, once there are five (default 20)",
+    )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="also write the results as JSON"
     )
     return parser
 
 
-def _contrast(options: argparse.Namespace) -> int:
-    if options.repeats < 1:
-        raise ValueError(f"--repeats {options.repeats}: needs at least 1")
-    names = options.shapes + (list(cases.LARGE_CASES) if options.large else [])
-    torch.set_num_threads(options.threads)
-    results = contrast.measure(
-        names,
-        torch.device(options.device),
-        rounds=options.repeats,
-        most_seconds=options.seconds,
-        say=_say,
+def _add_tables(commands: Any) -> None:
+    summary = "rewrite the tables of the documentation from the results"
+    parser = commands.add_parser("tables", help=summary, description=f"{summary.capitalize()}.")
+    parser.set_defaults(run=_tables)
+    parser.add_argument(
+        "--docs", type=Path, default=Path("docs/performance.md"), help="(default %(default)s)"
     )
+    parser.add_argument(
+        "--results", type=Path, default=Path("results"), help="folder (default %(default)s)"
+    )
+
+
+def _contrast(options: argparse.Namespace) -> int:
+    names = options.shapes + (list(cases.LARGE_CASES) if options.large else [])
+    results = contrast.measure(names, **_settings(options))
     _write(results, options.output)
     broken = contrast.violations(results) if options.check else []
     for line in broken:
         print(f"benchmark: {line}", file=sys.stderr)
     return 2 if broken else 0
+
+
+def _growth(options: argparse.Namespace) -> int:
+    if options.largest < 1024:
+        raise ValueError(f"--largest {options.largest}: below 1024 nothing grows yet")
+    results = growth.measure(growth.sweeps(options.largest), **_settings(options))
+    _write(results, options.output)
+    if options.output is not None:
+        growth.plot(results).savefig(options.output.with_suffix(".png"))
+    return 0
+
+
+def _projection(options: argparse.Namespace) -> int:
+    size = {"batch": options.batch, "height": options.height, "width": options.width}
+    scene = replace(cases.STREET, **size)
+    results = projection.measure(scene, backbone=options.backbone, **_settings(options))
+    _write(results, options.output)
+    return 0
+
+
+def _tables(options: argparse.Namespace) -> int:
+    options.docs.write_text(tables.fill(options.docs.read_text(), options.results))
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    """What all measurements take."""
+    if options.repeats < 1:
+        raise ValueError(f"--repeats {options.repeats}: needs at least 1")
+    torch.set_num_threads(options.threads)
+    return {
+        "device": torch.device(options.device),
+        "rounds": options.repeats,
+        "most_seconds": options.seconds,
+        "say": _say,
+    }
 
 
 def _say(line: str) -> None:

@@ -21,20 +21,20 @@ from .host_reads import count_host_reads
 from .machine import (
     Peaks,
     Probes,
+    Say,
     Timings,
     interleave,
     median_peaks,
+    milliseconds,
     note,
+    ratios,
     seconds_of,
-    spread,
 )
 from .peers import textbook_info_nce
-from .worker import default_heap_ms, peak_mib
-from .workloads import OURS, TEXTBOOK, InfoNCE, Step, Workload, to_json
+from .worker import default_heap_ms, peak_mib, to_json
+from .workloads import OURS, TEXTBOOK, InfoNCE, Step
 
-Say = Callable[[str], None]
-
-_ACCURACY_ANCHORS = 2048
+_ACCURACY_ANCHORS = 1024
 
 
 def measure(
@@ -134,19 +134,19 @@ def _measure_case(
     limits = [peaks.limit(workload.cost()) for peaks in timings.peaks]
     result["rounds"] = len(limits)
     result["peaks"] = median_peaks(timings.peaks)._asdict()
-    result["limit_ms"] = _milliseconds(limits)
+    result["limit_ms"] = milliseconds(limits)
     say(f"  limit {result['limit_ms']['median']:.1f} ms at {_peaks_line(Peaks(**result['peaks']))}")
     ours = timings.seconds[OURS]
-    memory = peak_mib(workload, case.contenders, device)
+    (memory,) = peak_mib([(workload, case.contenders)], device)
     default_heap = {}
     if case.default_heap:
         default_heap = default_heap_ms(workload, (OURS, TEXTBOOK), device)
     result["contenders"] = {}
     for name, seconds in timings.seconds.items():
         row: dict[str, Any] = {
-            "ms": _milliseconds(seconds),
-            "times_limit": _ratios(seconds, limits),
-            "times_ours": _ratios(seconds, ours),
+            "ms": milliseconds(seconds),
+            "times_limit": ratios(seconds, limits),
+            "times_ours": ratios(seconds, ours),
             "peak_mib": memory[name],
         }
         if isinstance(workload, Step):
@@ -184,17 +184,8 @@ def _value_and_gradient(
     return value.detach().double(), gradient.double()
 
 
-def _milliseconds(seconds: Sequence[float]) -> dict[str, float]:
-    return {name: 1000 * value for name, value in spread(seconds).items()}
-
-
-def _ratios(seconds: Sequence[float], references: Sequence[float]) -> dict[str, float]:
-    """Round by round, so that what slows the machine down for a while cancels."""
-    return spread([a / b for a, b in zip(seconds, references, strict=True)])
-
-
 def _description(case: Case) -> str:
-    workload: Workload = case.workload
+    workload = case.workload
     if isinstance(workload, Step):
         scene = workload.scene
         size = f"{scene.batch} x {scene.height}x{scene.width}, {scene.num_classes} classes"

@@ -27,6 +27,9 @@ KEPT_HEAP = {
     "MALLOC_TOP_PAD_": str(1 << 28),
 }
 
+# Is told what is found, line by line.
+Say = Callable[[str], None]
+
 _MATMUL_SIZES = (512, 1024, 1536)
 _CUDA_MATMUL_SIZES = (2048, 4096, 8192)
 _BANDWIDTH_BYTES = 1 << 28
@@ -52,7 +55,8 @@ class Peaks(NamedTuple):
     """What the machine reaches at best.
 
     Attributes:
-        fp32, bf16: matrix products, in floating-point operations per second.
+        fp32, bf16: matrix products, in floating-point operations per second; on CUDA, those of
+            fp32 operands are done by the tensor cores, in TF32.
         write: filling a large buffer, in bytes per second.
         copy: copying a large buffer, in bytes read plus bytes written per second.
     """
@@ -103,11 +107,14 @@ class Probes:
 
     def _matmul_rate(self, matrix: torch.Tensor) -> float:
         result = torch.empty_like(matrix)
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if matrix.is_cuda else precision)
         seconds = self._best(lambda: torch.mm(matrix, matrix, out=result))
+        torch.set_float32_matmul_precision(precision)
         return 2 * len(matrix) ** 3 / seconds
 
     def _best(self, run: Callable[[], object]) -> float:
-        return min(seconds_of(run, self._device) for _ in range(5))
+        return min(seconds_of(run, self._device) for _ in range(4))
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
@@ -156,6 +163,16 @@ def interleave(
         if collects:
             gc.enable()
     return Timings(seconds, peaks)
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+    """The spread of some times, in ms."""
+    return {name: 1000 * value for name, value in spread(seconds).items()}
+
+
+def ratios(seconds: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+    """The spread of ratios, round by round: what slows the machine down for a while cancels."""
+    return spread([a / b for a, b in zip(seconds, references, strict=True)])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

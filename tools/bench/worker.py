@@ -9,8 +9,8 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ import torch
 
 from .machine import in_subprocess, seconds_of
 from .scenes import Scene
-from .workloads import Contender, InfoNCE, Step, Workload, from_json, to_json
+from .training import TrainingStep
+from .workloads import Contender, InfoNCE, Step
+
+Workload = Step | InfoNCE | TrainingStep
 
 # Every block above some pages comes from the system and goes back to it when freed, so that the
 # resident set of the process is what is alive.
@@ -37,24 +40,43 @@ _SMALL_SCENE = Scene(
 )
 
 
-def peak_mib(
-    workload: Workload, contenders: Sequence[str], device: torch.device
-) -> dict[str, float]:
-    """Peak memory of one call beyond inputs and gradients, in MiB, by contender.
+def to_json(workload: Workload) -> dict[str, Any]:
+    """A workload as a tree for JSON."""
+    return {"kind": type(workload).__name__, **asdict(workload)}
 
-    On a CPU that is the growth of the resident set of a fresh process (`VmHWM`), on one thread; on
-    CUDA, of the allocator's peak.
+
+def from_json(tree: Mapping[str, Any]) -> Workload:
+    """The workload that `to_json` made a tree of."""
+    kinds = {kind.__name__: kind for kind in (Step, InfoNCE, TrainingStep)}
+    fields = {name: value for name, value in tree.items() if name != "kind"}
+    if "scene" in fields:
+        fields["scene"] = Scene(**fields["scene"])
+    return kinds[tree["kind"]](**fields)
+
+
+def peak_mib(
+    work: Sequence[tuple[Workload, Sequence[str]]], device: torch.device
+) -> list[dict[str, float]]:
+    """Peak memory of one call beyond inputs and gradients, in MiB, in a fresh process.
+
+    On a CPU that is the growth of the resident set (`VmHWM`), on one thread; on CUDA, of the
+    allocator's peak.
+
+    Args:
+        work: workloads, each with the contenders that are measured on it.
+        device: where.
+
+    Returns:
+        For each workload, the memory by contender.
     """
-    job = _job("memory", workload, contenders, device)
-    return in_subprocess("worker", job, _OWN_PAGES | {"OMP_NUM_THREADS": "1"})
+    return _run("memory", work, device, _OWN_PAGES | {"OMP_NUM_THREADS": "1"})
 
 
 def default_heap_ms(
     workload: Workload, contenders: Sequence[str], device: torch.device
 ) -> dict[str, float]:
     """Median time of a call in ms, by contender, where the heap has the system's settings."""
-    job = _job("time", workload, contenders, device) | {"threads": torch.get_num_threads()}
-    return in_subprocess("worker", job, {})
+    return _run("time", [(workload, contenders)], device, {})[0]
 
 
 def resident_growth(run: Callable[[], object]) -> int:
@@ -80,27 +102,40 @@ def _resident(key: str) -> int:
     return int(match[1]) * 1024
 
 
-def _job(
-    quantity: str, workload: Workload, contenders: Sequence[str], device: torch.device
-) -> dict[str, Any]:
-    return {
+def _run(
+    quantity: str,
+    work: Sequence[tuple[Workload, Sequence[str]]],
+    device: torch.device,
+    settings: Mapping[str, str],
+) -> list[dict[str, float]]:
+    job = {
         "quantity": quantity,
-        "workload": to_json(workload),
-        "contenders": list(contenders),
+        "work": [[to_json(workload), list(contenders)] for workload, contenders in work],
         "device": str(device),
+        "threads": 1 if quantity == "memory" else torch.get_num_threads(),
     }
+    return in_subprocess("worker", job, settings)
 
 
-def _do(job: dict[str, Any]) -> dict[str, float]:
-    workload, device = from_json(job["workload"]), torch.device(job["device"])
-    runs = workload.contenders(device, job["contenders"])
-    if job["quantity"] == "time":
-        torch.set_num_threads(job["threads"])
-        return {name: _median_ms(run, device) for name, run in runs.items()}
+def _do(job: Mapping[str, Any]) -> list[dict[str, float]]:
+    device = torch.device(job["device"])
+    torch.set_num_threads(job["threads"])
+    measure = {"memory": _memory, "time": _time}[job["quantity"]]
+    return [measure(from_json(tree), contenders, device) for tree, contenders in job["work"]]
+
+
+def _time(workload: Workload, contenders: Sequence[str], device: torch.device) -> dict[str, float]:
+    runs = workload.contenders(device, contenders)
+    return {name: _median_ms(run, device) for name, run in runs.items()}
+
+
+def _memory(
+    workload: Workload, contenders: Sequence[str], device: torch.device
+) -> dict[str, float]:
     # Code and buffers that are loaded once are no memory of the computation.
-    for run in _small(workload).contenders(device, job["contenders"]).values():
+    for run in _small(workload).contenders(device, contenders).values():
         run()
-    output = workload.gradient_bytes()
+    runs, output = workload.contenders(device, contenders), workload.gradient_bytes()
     return {name: (_growth(run, device) - output) / _MIB for name, run in runs.items()}
 
 
@@ -122,7 +157,9 @@ def _growth(run: Contender, device: torch.device) -> int:
 def _small(workload: Workload) -> Workload:
     if isinstance(workload, InfoNCE):
         return replace(workload, anchors=4 * workload.classes, memory=min(64, workload.memory))
-    return Step(_SMALL_SCENE, width=workload.width)
+    if isinstance(workload, Step):
+        return Step(_SMALL_SCENE, width=workload.width)
+    return replace(workload, scene=replace(_SMALL_SCENE, num_classes=workload.scene.num_classes))
 
 
 if __name__ == "__main__":

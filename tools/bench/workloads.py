@@ -9,9 +9,8 @@ Shape letters: B images, A anchors, C contrast samples, D embedding width, K cla
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -255,16 +254,16 @@ class InfoNCE:
                 ),
             }
         else:
+            # Who draws in the order of classes knows how many there are of each.
+            counts = tuple(labels.bincount().tolist()) if self.sorted else None
+            ours = partial(info_nce, class_counts=counts)
             available = {
-                OURS: lambda: partial(info_nce, anchors, labels),
-                BF16: lambda: partial(info_nce, anchors, labels, products="bf16"),
+                OURS: lambda: partial(ours, anchors, labels),
+                BF16: lambda: partial(ours, anchors, labels, products="bf16"),
                 TEXTBOOK: lambda: partial(textbook_info_nce, anchors, labels),
                 SUPCON: lambda: partial(SupConPeer(), anchors, labels),
             }
         return {name: Contender(available[name](), [anchors]) for name in names}
-
-
-Workload = Step | InfoNCE
 
 
 class _Projected(MultiScaleProjector):
@@ -272,20 +271,6 @@ class _Projected(MultiScaleProjector):
 
     def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self.select(features)
-
-
-def to_json(workload: Workload) -> dict[str, Any]:
-    """A workload as a tree for JSON."""
-    return {"kind": type(workload).__name__, **asdict(workload)}
-
-
-def from_json(tree: Mapping[str, Any]) -> Workload:
-    """The workload that `to_json` made a tree of."""
-    fields = {name: value for name, value in tree.items() if name != "kind"}
-    if tree["kind"] == "InfoNCE":
-        return InfoNCE(**fields)
-    fields["scene"] = Scene(**fields["scene"])
-    return Step(**fields)
 
 
 def _within_flop(anchors: int, width: int) -> float:

@@ -1,0 +1,393 @@
+"""tools/benchmark.py and its parts: what is counted, compared, promised and written."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from contrast_d2.contrast import info_nce
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools/benchmark.py"
+CPU = torch.device("cpu")
+
+pytest.importorskip("pytorch_metric_learning", reason="the benchmark's peer: install .[bench]")
+sys.path.insert(0, str(TOOL.parent))
+
+# ruff: noqa: E402
+from bench import cases, contrast, growth, machine, peers, scenes, tables, worker
+from bench.host_reads import count_host_reads
+from bench.training import BASELINE, VARIANTS, TrainingStep
+from bench.workloads import FIXED_SIZE, OURS, SUPCON, TEXTBOOK, InfoNCE, Step
+
+TINY = cases.TINY_CASES["tiny"].workload
+PEAKS = machine.Peaks(fp32=97e9, bf16=200e9, write=19.2e9, copy=10e9)
+
+
+@pytest.fixture
+def main() -> Callable[[list[str]], int]:
+    """The tool's `main`, to be called in this process."""
+    return runpy.run_path(str(TOOL))["main"]
+
+
+def unit_rows(number: int, width: int = 8) -> Tensor:
+    return F.normalize(torch.randn(number, width), dim=1)
+
+
+# The limit
+
+
+@pytest.mark.parametrize("anchors, ms", [(2048, 33), (4096, 133), (9984, 789)])
+def test_limit_of_the_loss_is_three_a_squared_d(anchors: int, ms: float) -> None:
+    assert 1000 * PEAKS.limit(InfoNCE(anchors).cost()) == pytest.approx(ms, rel=0.02)
+
+
+def test_limit_against_a_memory_is_one_sided() -> None:
+    cost = InfoNCE(100, memory=900, width=64).cost()
+    assert cost.flop == 4 * 100 * 1000 * 64
+
+
+def test_limit_of_a_step_has_all_terms_and_the_dense_gradients(monkeypatch) -> None:
+    monkeypatch.setattr(Step, "drawn", lambda self: [990, 704, 410, 325])
+    cost = cases.CASES["cityscapes_b8"].workload.cost()
+    pairs = 3 * (990**2 + 704**2 + 410**2 + 325**2) + 6 * 990 * (325 + 410)
+    assert cost.flop == pairs * 256
+    assert cost.written == 8 * 256 * 4 * (128 * 256 + 64 * 128 + 32 * 64 + 16 * 32)
+    assert 1000 * PEAKS.limit(cost) == pytest.approx(44, rel=0.04)
+
+
+# The inputs
+
+
+@pytest.mark.parametrize("name", [n for n, case in cases.CASES.items() if case.expected])
+def test_scenes_draw_about_as_many_anchors_as_the_datasets(name: str) -> None:
+    case = cases.CASES[name]
+    for drawn, expected in zip(case.workload.drawn(), case.expected, strict=True):
+        assert drawn == pytest.approx(expected, rel=0.2)
+
+
+def test_label_maps_are_coherent_long_tailed_and_reproducible() -> None:
+    scene = replace(cases.STREET, batch=4)
+    labels = scenes.draw_labels(scene)
+    assert labels.shape == (4, 512, 1024)
+    assert torch.equal(labels, scenes.draw_labels(scene))
+    assert not torch.equal(labels, scenes.draw_labels(replace(scene, seed=scene.seed + 1)))
+    counts = labels.flatten().bincount(minlength=256)
+    assert counts[scene.num_classes : 255].sum() == 0
+    assert counts[255] > 0
+    counts = counts[: scene.num_classes].sort(descending=True).values
+    assert counts[15] > 0
+    assert counts[0] > 20 * counts[15]
+    # Neighbours nearly always agree: pixels on borders are few.
+    assert (labels[:, :, 1:] == labels[:, :, :-1]).float().mean() > 0.98
+
+
+# The peers
+
+
+@pytest.mark.parametrize("count_empty", [False, True])
+@pytest.mark.parametrize("against_a_set", [False, True])
+def test_textbook_form_is_the_same_loss(against_a_set: bool, count_empty: bool) -> None:
+    anchors = unit_rows(40).double().requires_grad_()
+    labels = torch.randint(0, 5, (40,))
+    labels[0] = 7  # without a positive
+    other = (unit_rows(30).double(), torch.randint(0, 5, (30,))) if against_a_set else ()
+    results = []
+    for loss in (info_nce, peers.textbook_info_nce):
+        value = loss(anchors, labels, *other, temperature=0.2, count_empty_anchors=count_empty)
+        results.append((value, *torch.autograd.grad(value, anchors)))
+    for ours, textbook in zip(*results, strict=True):
+        torch.testing.assert_close(ours, textbook)
+
+
+def test_memory_peer_contrasts_with_all_of_the_memory_and_the_batch_but_itself() -> None:
+    anchors, memory = unit_rows(6), unit_rows(20)
+    labels, memory_labels = torch.arange(6) % 3, torch.arange(20) % 3
+    peer = peers.CrossBatchMemoryPeer(memory, memory_labels, len(anchors))
+    for _ in range(2):  # a second batch takes the place of old samples
+        value = peer(anchors, labels)
+    everything = torch.cat([memory[6:], anchors, anchors])
+    same = labels[:, None] == torch.cat([memory_labels[6:], labels, labels])
+    logits = anchors @ everything.T / 0.1
+    itself = torch.zeros_like(same)
+    itself[:, -6:] = torch.eye(6, dtype=torch.bool)
+    log_prob = logits - logits.masked_fill(itself, -torch.inf).logsumexp(dim=1, keepdim=True)
+    positive = same & ~itself
+    expected = -(log_prob * positive).sum(dim=1) / positive.sum(dim=1)
+    torch.testing.assert_close(value, expected.mean())
+
+
+def test_contenders_of_a_step_compute_the_same_loss_on_the_same_draw() -> None:
+    runs = TINY.contenders(CPU, [OURS, TEXTBOOK, SUPCON, FIXED_SIZE])
+    values = {}
+    for name, run in runs.items():
+        torch.manual_seed(0)
+        values[name] = run().item()
+    assert values[OURS] == pytest.approx(values[TEXTBOOK], rel=1e-5)
+    assert values[SUPCON] != pytest.approx(values[TEXTBOOK], rel=1e-5)
+    # Another draw of the same distribution.
+    assert values[FIXED_SIZE] == pytest.approx(values[OURS], rel=0.1)
+
+
+# Waiting for the device
+
+
+def repeat(x: Tensor) -> Tensor:
+    return x.repeat_interleave(torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    "run, reads",
+    [
+        (lambda x: x.sum().item(), 1),
+        (lambda x: x.tolist(), 1),
+        (lambda x: float(x[0]) + int(x[1]), 2),
+        (lambda x: 1 if x[0] > 0 else 0, 1),
+        (lambda x: x.cpu().numpy(), 1),
+        (lambda x: [x.cpu(), x.tolist()], 2),
+        (lambda x: x.to("cpu"), 1),
+        (lambda x: x.to(torch.float64), 0),
+        (lambda x: x[x > 0], 1),
+        (lambda x: x.clone().index_put_((x > 0,), x[:1].expand(2)), 1),
+        (lambda x: x[torch.tensor([0, 1])], 0),
+        (lambda x: x.masked_fill(x > 0, 0), 0),
+        (lambda x: torch.nonzero(x), 1),
+        (lambda x: torch.where(x > 0, x, -x), 0),
+        (lambda x: x.unique(), 1),
+        (repeat, 1),
+        (lambda x: x.repeat_interleave(torch.tensor([1, 2, 3]), output_size=6), 0),
+    ],
+)
+def test_host_reads_are_counted(run: Callable[[Tensor], Any], reads: int) -> None:
+    x = torch.tensor([-1.0, 2.0, 3.0])
+    assert sum(count_host_reads(lambda: run(x), CPU).values()) == reads
+
+
+def test_host_reads_of_the_backward_pass_are_counted() -> None:
+    class Reading(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x: Tensor) -> Tensor:
+            return x.sum()
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:
+            return torch.full((3,), grad.item())
+
+    x = torch.ones(3, requires_grad=True)
+    counts = count_host_reads(lambda: Reading.apply(x).backward(), CPU)
+    assert counts == {"_local_scalar_dense": 1}
+
+
+def test_a_step_waits_once_and_with_fixed_size_never() -> None:
+    runs = TINY.contenders(CPU, [OURS, FIXED_SIZE])
+    assert sum(count_host_reads(runs[OURS], CPU).values()) == 1
+    assert not count_host_reads(runs[FIXED_SIZE], CPU)
+
+
+# Time and memory
+
+
+def test_contenders_take_turns(monkeypatch) -> None:
+    calls = []
+
+    class Probes:
+        def measure(self) -> machine.Peaks:
+            assert not gc.isenabled()
+            calls.append("peaks")
+            return PEAKS
+
+    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    found = machine.interleave(runs, Probes(), CPU, rounds=2, most_seconds=0)
+    assert calls == ["a", "b", "peaks", "a", "b", "peaks", "a", "b"]
+    assert gc.isenabled()
+    assert [len(seconds) for seconds in found.seconds.values()] == [2, 2]
+    found = machine.interleave(runs, Probes(), CPU, rounds=50, most_seconds=0)
+    assert len(found.peaks) == 5
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    slow = [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert machine.ratios([3 * s for s in slow], slow) == {"median": 3, "p10": 3, "p90": 3}
+
+
+def test_peak_memory_counts_what_was_freed_again_and_no_outputs() -> None:
+    grown = worker.resident_growth(lambda: torch.ones(64 << 18))
+    assert 60 < grown / 2**20 < 72
+    ((ours, textbook),) = [
+        found.values() for found in worker.peak_mib([(InfoNCE(2048), [OURS, TEXTBOOK])], CPU)
+    ]
+    matrix = 2048**2 * 4 / 2**20
+    assert 5 * matrix < textbook < 12 * matrix
+    assert -1 < ours < 2.5 * matrix
+
+
+def test_exponent_is_that_of_the_large_sizes() -> None:
+    sizes = [1, 10, 100, 1000, 10_000]
+    assert growth.exponent(sizes, [5 + 5e-3 * s**2 for s in sizes]) == pytest.approx(2, abs=0.1)
+    assert growth.exponent(sizes, [2 * s for s in sizes]) == pytest.approx(1)
+
+
+# Promises
+
+
+@pytest.fixture
+def kept() -> dict[str, Any]:
+    """Results that keep all promises."""
+    ours = {"times_limit": {"median": 1.0}, "peak_mib": 50.0, "host_reads": {"cpu": 1}}
+    fixed = ours | {"host_reads": {}}
+    names = ("cityscapes_b8", "cityscapes_b8_large", "infonce_9984")
+    return {
+        "machine": {"device": "cpu"},
+        "cases": {
+            name: {
+                "contenders": {OURS: copy.deepcopy(ours), FIXED_SIZE: copy.deepcopy(fixed)},
+                "drawn": list(cases.CASES[name].expected),
+            }
+            for name in names
+        },
+        "errors": {
+            "torch.float32": {
+                OURS: {"value": 2e-7, "gradient": 1e-6},
+                TEXTBOOK: {"value": 0.0, "gradient": 1e-6},
+            }
+        },
+    }
+
+
+def test_kept_promises_give_no_line(kept) -> None:
+    assert contrast.violations(kept) == []
+
+
+@pytest.mark.parametrize(
+    "case, path, value, words",
+    [
+        ("cityscapes_b8", (OURS, "times_limit", "median"), 1.9, "1.90 times the limit, not 1.8"),
+        ("cityscapes_b8_large", (OURS, "times_limit", "median"), 1.6, "1.60 times the limit"),
+        ("infonce_9984", (OURS, "times_limit", "median"), 1.45, "1.45 times the limit, not 1.4"),
+        ("infonce_9984", (OURS, "peak_mib"), 120.0, "120 MiB, not 100"),
+        ("cityscapes_b8", (OURS, "host_reads"), {"cpu": 1, "nonzero": 1}, "not 1 at most"),
+        ("cityscapes_b8", (FIXED_SIZE, "host_reads"), {"cpu": 1}, "not 0 at most"),
+    ],
+)
+def test_a_broken_promise_is_one_line(kept, case: str, path, value, words: str) -> None:
+    found = kept["cases"][case]["contenders"]
+    for key in path[:-1]:
+        found = found[key]
+    found[path[-1]] = value
+    (line,) = contrast.violations(kept)
+    assert line.startswith(f"{case}: ") and words in line
+
+
+def test_too_few_anchors_and_too_large_errors_are_broken_promises(kept) -> None:
+    kept["cases"]["cityscapes_b8"]["drawn"][1] = 100
+    kept["errors"]["torch.float32"][OURS]["gradient"] = 3e-6
+    draws, error = contrast.violations(kept)
+    assert "scale 1 draws 100 anchors" in draws
+    assert error == "torch.float32: error 3.0e-06 of the gradient, not 2.0e-06"
+
+
+# Projection
+
+
+def test_variants_of_the_projection_share_one_model() -> None:
+    scene = replace(TINY.scene, batch=1)
+    step = TrainingStep(scene, whole=True, backbone="resnet18")
+    runs = step.contenders(CPU, [BASELINE, *VARIANTS])
+    losses = {}
+    for name, run in runs.items():
+        torch.manual_seed(0)
+        losses[name] = run().item()
+    baseline = losses.pop(BASELINE)
+    assert all(loss > baseline + 0.1 for loss in losses.values())
+    # Batch norms of the map give what they give in dense projection; those of the draw do not.
+    assert losses["sampled, map"] == pytest.approx(losses["dense"], rel=1e-4)
+    assert losses["sampled, draw"] != pytest.approx(losses["dense"], rel=1e-4)
+
+
+# The command line
+
+
+def test_the_tool_measures_checks_and_writes(tmp_path) -> None:
+    output = tmp_path / "new" / "cpu.json"
+    arguments = ["--shapes", "tiny", "tiny_memory", "--repeats", "1", "--check"]
+    command = [sys.executable, TOOL, "contrast", *arguments, "--output", output]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = json.loads(output.read_text())
+    assert set(results["cases"]) == {"tiny", "tiny_memory"}
+    assert set(results["cases"]["tiny_memory"]["contenders"]) == {OURS, SUPCON}
+    tiny = results["cases"]["tiny"]
+    assert [sum(tiny["contenders"][n]["host_reads"].values()) for n in (OURS, FIXED_SIZE)] == [1, 0]
+    assert tiny["contenders"][OURS]["times_ours"]["median"] == 1
+    # The library is more accurate than the promise, and float32 errors are not those of bf16.
+    errors = {dtype: rows[OURS]["gradient"] for dtype, rows in results["errors"].items()}
+    assert 0 < errors["torch.float32"] < 1e-5 < errors["torch.bfloat16"] < 1e-1
+    if sys.platform == "linux":
+        assert results["machine"]["heap"] == "kept"
+    assert results["machine"]["threads"] == 1
+    assert results["command"].endswith("--check --output " + str(output))
+    assert f"anchors drawn: {'/'.join(map(str, tiny['drawn']))}" in done.stdout
+    for kind in ("machine", "steps", "losses", "errors"):
+        text = f"before\n<!-- cpu.json: {kind} -->\nold\n<!-- end -->\nafter\n"
+        filled = tables.fill(text, output.parent)
+        assert "old" not in filled and filled.endswith("\n<!-- end -->\nafter\n")
+        assert tables.fill(filled, output.parent) == filled
+    steps = tables.fill("<!-- cpu.json: steps -->\n<!-- end -->\n", output.parent)
+    median = f"{tiny['contenders'][TEXTBOOK]['ms']['median']:,.0f}"
+    assert f"| {TEXTBOOK} | {median} |" in steps
+
+
+def test_growth_is_measured_and_drawn(tmp_path) -> None:
+    sweep = growth.sweeps(2048)["anchors"]
+    sweep = sweep._replace(
+        sizes=sweep.sizes[-2:], workloads=sweep.workloads[-2:], contenders=(TEXTBOOK,)
+    )
+    found = growth.measure({"anchors": sweep}, CPU, rounds=1, most_seconds=0, say=lambda _: None)
+    textbook = found["sweeps"]["anchors"]["lines"][TEXTBOOK]
+    assert textbook["mib_exponent"] == pytest.approx(2, abs=0.3)
+    figure = growth.plot(found)
+    legend = figure.axes[1].get_legend().get_texts()[0].get_text()
+    assert legend == f"textbook: exponent {textbook['mib_exponent']:.2f}"
+    figure.savefig(tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_mistakes_give_one_clear_line(main, tmp_path, capsys) -> None:
+    for arguments, message in {
+        ("contrast", "--repeats", "0"): "--repeats 0",
+        ("growth", "--largest", "100"): "--largest 100",
+        ("tables", "--docs", str(tmp_path / "none.md")): "none.md",
+    }.items():
+        assert main(list(arguments)) == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("benchmark: ") and message in line
+
+
+def test_tables_of_the_documentation_are_those_of_the_results() -> None:
+    text = (ROOT / "docs/performance.md").read_text()
+    assert tables.fill(text, ROOT / "results") == text
+    for file in (ROOT / "results").glob("performance_*.json"):
+        assert f"<!-- {file.name}: machine -->" in text
+
+
+def test_a_table_without_results_says_so_and_an_unknown_one_is_refused(tmp_path) -> None:
+    section = "<!-- gone.json: steps -->\nold\n<!-- end -->"
+    expected = "<!-- gone.json: steps -->\nNot measured yet.\n<!-- end -->"
+    assert tables.fill(section, tmp_path) == expected
+    with pytest.raises(ValueError, match="no kind of table 'stairs'"):
+        tables.fill(section.replace("steps", "stairs"), tmp_path)

@@ -1,0 +1,190 @@
+"""The tables of docs/performance.md, made from the measured results.
+
+A table stands between two comments, of which the first names its results and its kind:
+
+    <!-- performance_cpu.json: steps -->
+    ...
+    <!-- end -->
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .workloads import OURS
+
+_MIB = 1 << 20
+_SECTION = re.compile(r"(<!-- ([\w.]+): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def fill(text: str, results: Path) -> str:
+    """Rewrites all tables of a document.
+
+    Args:
+        text: of the document.
+        results: folder of the results.
+
+    Raises:
+        ValueError: there is no such kind of table.
+    """
+
+    def table(match: re.Match[str]) -> str:
+        begin, file, kind, end = match.groups()
+        if kind not in _TABLES:
+            raise ValueError(f"no kind of table {kind!r}: choose from {sorted(_TABLES)}.")
+        path = results / file
+        if not path.is_file():
+            return f"{begin}Not measured yet.\n{end}"
+        return f"{begin}{_TABLES[kind](json.loads(path.read_text()))}\n{end}"
+
+    return _SECTION.sub(table, text)
+
+
+def _machine(found: Mapping[str, Any]) -> str:
+    machine, versions = found["machine"], found["versions"]
+    device = "" if machine["device"] == "cpu" else f"{machine['device']}, "
+    lines = [
+        f"{device}{machine['processor']}, {machine['cores']} cores, threads: {machine['threads']}, "
+        f"torch {versions['torch']}, Python {versions['python']}, {found['date']}, commit "
+        f"{(found['commit'] or 'unknown')[:12]}."
+    ]
+    if "peaks" in found:
+        peaks = found["peaks"]
+        drift = peaks["after"]["fp32"] / peaks["before"]["fp32"]
+        lines.append(
+            f"Peaks: {_giga(peaks, 'fp32', 0)} GFLOP/s in fp32 and {_giga(peaks, 'bf16', 0)} in "
+            f"bf16, {_giga(peaks, 'write', 1)} GB/s written and {_giga(peaks, 'copy', 1)} copied; "
+            f"at the end, products in fp32 ran {drift:.0%} as fast as at the beginning."
+        )
+    lines.append(f"Command: `{found['command']}`")
+    return "\n".join(lines)
+
+
+def _giga(peaks: Mapping[str, Any], name: str, digits: int) -> str:
+    return f"{peaks['before'][name] / 1e9:.{digits}f}"
+
+
+def _steps(found: Mapping[str, Any]) -> str:
+    rows = []
+    for name, case in found["cases"].items():
+        if "drawn" not in case:
+            continue
+        for contender, row in case["contenders"].items():
+            first = contender == OURS
+            rows.append(
+                [
+                    f"`{name}`" if first else "",
+                    "/".join(map(str, case["drawn"])) if first else "",
+                    f"{case['limit_ms']['median']:.0f}" if first else "",
+                    contender,
+                    _time(row),
+                    f"{row['times_limit']['median']:.2f}",
+                    _relative(row, first),
+                    f"{row['peak_mib'] + case['cost']['written'] / _MIB:,.0f}",
+                    str(sum(row["host_reads"].values())),
+                ]
+            )
+    head = "case|anchors|limit, ms|who|ms|times limit|times ours|peak, MiB|host reads"
+    return _table(head.split("|"), rows)
+
+
+def _losses(found: Mapping[str, Any]) -> str:
+    rows = []
+    for name, case in found["cases"].items():
+        if "drawn" in case:
+            continue
+        for contender, row in case["contenders"].items():
+            first = contender == OURS
+            rows.append(
+                [
+                    f"`{name}`" if first else "",
+                    f"{case['limit_ms']['median']:.0f}" if first else "",
+                    contender,
+                    _time(row),
+                    f"{row['times_limit']['median']:.2f}",
+                    _relative(row, first),
+                    f"{row['peak_mib']:,.0f}",
+                ]
+            )
+    head = "case|limit, ms|who|ms|times limit|times ours|peak, MiB"
+    return _table(head.split("|"), rows)
+
+
+def _heaps(found: Mapping[str, Any]) -> str:
+    rows = [
+        [f"`{name}`", contender, _time(row), f"{row['default_heap_ms']:.0f}"]
+        for name, case in found["cases"].items()
+        for contender, row in case["contenders"].items()
+        if "default_heap_ms" in row
+    ]
+    return _table(["case", "who", "kept heap, ms", "the system's heap, ms"], rows)
+
+
+def _errors(found: Mapping[str, Any]) -> str:
+    rows = [
+        [dtype.removeprefix("torch."), contender, f"{row['value']:.1e}", f"{row['gradient']:.1e}"]
+        for dtype, errors in found["errors"].items()
+        for contender, row in errors.items()
+    ]
+    return _table(["input", "who", "error of the value", "error of the gradient"], rows)
+
+
+def _projections(found: Mapping[str, Any]) -> str:
+    rows = []
+    for part, variants in found["parts"].items():
+        for number, (name, row) in enumerate(variants.items()):
+            rows.append(
+                [
+                    _PARTS[part] if number == 0 else "",
+                    name,
+                    f"{row['ms']['median']:,.0f}",
+                    f"{row['times_dense']['median']:.3f}",
+                    f"{row['peak_mib']:,.0f}",
+                ]
+            )
+    return _table(["part", "projection", "ms", "times dense", "peak, MiB"], rows)
+
+
+def _exponents(found: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            sweep["label"],
+            f"{sweep['sizes'][0]:,} to {sweep['sizes'][-1]:,}",
+            contender,
+            f"{line['ms_exponent']:.2f}",
+            f"{line['mib_exponent']:.2f}",
+        ]
+        for sweep in found["sweeps"].values()
+        for contender, line in sweep["lines"].items()
+    ]
+    return _table(["what grows", "from, to", "who", "exponent of time", "of memory"], rows)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _time(row: Mapping[str, Any]) -> str:
+    return f"{row['ms']['median']:,.0f}"
+
+
+def _relative(row: Mapping[str, Any], is_ours: bool) -> str:
+    ratio = row["times_ours"]
+    return "" if is_ours else f"{ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f})"
+
+
+_PARTS = {"contrast": "contrastive part", "step": "whole step"}
+_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "machine": _machine,
+    "steps": _steps,
+    "losses": _losses,
+    "heaps": _heaps,
+    "errors": _errors,
+    "projections": _projections,
+    "exponents": _exponents,
+}
