@@ -63,14 +63,15 @@ class MultiScaleContrast(nn.Module):
     loss and gradients are those of one process with the global batch.
 
     The projectors run on every pixel of the maps, as in the paper, or with `projection="sampled"`
-    on the drawn pixels alone. Parameters, draws and checkpoints are the same. Layer norms and heads
-    without hidden layers then give the same embeddings too. A batch norm needs statistics:
+    on the drawn pixels alone. Parameters, draws and checkpoints are the same. With layer norms, or
+    without hidden layers, losses and gradients are the same too. A batch norm needs statistics:
 
     * `norm_statistics="map"`: mean and variance of the hidden activations over the whole map, as
-      in dense projection. The embeddings are then equal to those of dense projection, but the
-      statistics are constants of the backward pass, so that the gradients are not. The hidden
-      layers run on the whole map once more for each, forward only, chunk by chunk.
-    * `norm_statistics="draw"`: those of the drawn pixels, in which classes weigh alike.
+      in dense projection. Losses are those of dense projection; gradients are not, because these
+      statistics are constants of the backward pass. To find them the hidden layers still run on
+      the whole map, without a graph and chunk by chunk (`Projector.map_statistics`).
+    * `norm_statistics="draw"`: those of the drawn pixels, in which all classes weigh alike. They
+      have a graph, and cost next to nothing.
 
     With SyncBatchNorm both are over all processes; a process without anchors takes part in their
     collective calls, with no weight.
