@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import warnings
 from collections.abc import Mapping
@@ -25,9 +24,13 @@ from typing import Any
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
 # ruff: noqa: E402
+from bench.heap import keep_heap
+
+if __name__ == "__main__":
+    keep_heap()  # before the imports that take seconds
+
 import torch
 from bench import cases, contrast, growth, projection, tables
-from bench.machine import KEPT_HEAP, heap_is_kept
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -180,12 +183,5 @@ def _write(results: Mapping[str, Any], output: Path | None) -> None:
         output.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
-def _keep_heap() -> None:
-    """Starts this process anew with settings that glibc reads at start only."""
-    if sys.platform == "linux" and not heap_is_kept():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEPT_HEAP)
-
-
 if __name__ == "__main__":
-    _keep_heap()
     sys.exit(main())

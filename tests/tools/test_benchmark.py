@@ -9,6 +9,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -219,6 +220,21 @@ def test_contenders_take_turns(monkeypatch) -> None:
     assert len(found.peaks) == 5
 
 
+def test_a_busy_machine_is_told() -> None:
+    assert machine.warning(machine.Timings({}, [], cpu_share=0.99)) is None
+    assert "60% of the time" in machine.warning(machine.Timings({}, [], cpu_share=0.6))
+
+    class Probes:
+        def measure(self) -> machine.Peaks:
+            return PEAKS
+
+    def sleep() -> None:
+        time.sleep(0.05)
+
+    found = machine.interleave({"a": sleep}, Probes(), CPU, rounds=1, most_seconds=0)
+    assert found.cpu_share < 0.5
+
+
 def test_ratios_are_taken_round_by_round() -> None:
     slow = [1.0, 2.0, 4.0, 8.0, 16.0]
     assert machine.ratios([3 * s for s in slow], slow) == {"median": 3, "p10": 3, "p90": 3}
@@ -298,6 +314,19 @@ def test_too_few_anchors_and_too_large_errors_are_broken_promises(kept) -> None:
     draws, error = contrast.violations(kept)
     assert "scale 1 draws 100 anchors" in draws
     assert error == "torch.float32: error 3.0e-06 of the gradient, not 2.0e-06"
+
+
+def test_a_gpu_has_promises_of_its_own(kept) -> None:
+    kept["machine"]["device"] = "NVIDIA H200"
+    found = kept["cases"]["infonce_9984"]["contenders"]
+    kept["cases"]["cityscapes_b8"]["contenders"][OURS]["times_limit"]["median"] = 9.0
+    found[OURS]["times_limit"]["median"] = 2.9
+    found[TEXTBOOK] = {"times_ours": {"median": 11.0}}
+    assert contrast.violations(kept) == []
+    found[OURS]["times_limit"]["median"] = 3.1
+    found[TEXTBOOK] = {"times_ours": {"median": 9.0}}
+    slow, gain = contrast.violations(kept)
+    assert "3.10 times the limit, not 3.0" in slow and "9.0 times as fast" in gain
 
 
 # Projection

@@ -13,6 +13,9 @@ MOST_HOST_READS = {OURS: 1, FIXED_SIZE: 0}
 MOST_MIB = 100.0
 # Errors of value and gradient, relative to those of plain PyTorch in the same dtype.
 MOST_TIMES_TEXTBOOK_ERROR = 2.0
+# On a GPU: times the limit, at the tensor cores' peak, and speed relative to the textbook form.
+CUDA_TIMES_LIMIT = {"infonce_9984": 3.0}
+LEAST_CUDA_GAIN = 10.0
 
 
 class Case(NamedTuple):
@@ -21,7 +24,8 @@ class Case(NamedTuple):
     Attributes:
         workload: what is measured.
         contenders: the library first.
-        most_times_limit: how many times its limit the library may take; None for no target.
+        most_times_limit: how many times its limit the library may take on a CPU; None for no
+            target.
         expected: about how many anchors each scale should draw; empty for no expectation.
         default_heap: also time the library and the textbook form with the system's heap.
         once: too long to be repeated: a single call of the library is timed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from contrast_d2.contrast import info_nce
 
 from .cases import (
     ALL_CASES,
+    CUDA_TIMES_LIMIT,
+    LEAST_CUDA_GAIN,
     MOST_HOST_READS,
     MOST_MIB,
     MOST_TIMES_TEXTBOOK_ERROR,
@@ -29,6 +32,7 @@ from .machine import (
     note,
     ratios,
     seconds_of,
+    warning,
 )
 from .peers import textbook_info_nce
 from .worker import default_heap_ms, peak_mib, to_json
@@ -84,12 +88,19 @@ def violations(results: Mapping[str, Any]) -> list[str]:
         results: of `measure`.
     """
     lines = []
+    device = results["machine"]["device"]
     for name, found in results["cases"].items():
         case = ALL_CASES[name]
         ours = found["contenders"][OURS]
-        most = case.most_times_limit
+        most = case.most_times_limit if device == "cpu" else CUDA_TIMES_LIMIT.get(name)
         if most is not None and ours["times_limit"]["median"] > most:
             lines.append(f"{name}: {ours['times_limit']['median']:.2f} times the limit, not {most}")
+        if device != "cpu" and name in CUDA_TIMES_LIMIT:
+            gain = found["contenders"][TEXTBOOK]["times_ours"]["median"]
+            if gain < LEAST_CUDA_GAIN:
+                lines.append(
+                    f"{name}: {gain:.1f} times as fast as the textbook, not {LEAST_CUDA_GAIN:.0f}"
+                )
         if isinstance(case.workload, Step):
             for contender, allowed in MOST_HOST_READS.items():
                 reads = found["contenders"].get(contender, {}).get("host_reads", {})
@@ -127,12 +138,15 @@ def _measure_case(
         result["drawn"] = workload.drawn()
         say(f"  anchors drawn: {'/'.join(map(str, result['drawn']))}")
     if case.once:
-        peaks = [probes.measure()]
-        timings = Timings({OURS: [seconds_of(runs[OURS], device)]}, peaks)
+        timings = _run_once(runs[OURS], probes, device)
     else:
         timings = interleave(runs, probes, device, rounds=rounds, most_seconds=most_seconds)
+    busy = warning(timings)
+    if busy:
+        say(busy)
     limits = [peaks.limit(workload.cost()) for peaks in timings.peaks]
     result["rounds"] = len(limits)
+    result["cpu_share"] = timings.cpu_share
     result["peaks"] = median_peaks(timings.peaks)._asdict()
     result["limit_ms"] = milliseconds(limits)
     say(f"  limit {result['limit_ms']['median']:.1f} ms at {_peaks_line(Peaks(**result['peaks']))}")
@@ -156,6 +170,12 @@ def _measure_case(
         result["contenders"][name] = row
         say(_contender_line(name, row))
     return result
+
+
+def _run_once(run: Callable[[], object], probes: Probes, device: torch.device) -> Timings:
+    peaks, cpu_start = [probes.measure()], time.process_time()
+    seconds = seconds_of(run, device)
+    return Timings({OURS: [seconds]}, peaks, (time.process_time() - cpu_start) / seconds)
 
 
 def _errors(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, float]]:

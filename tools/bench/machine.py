@@ -19,13 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# glibc gives large blocks back to the system when they are freed, and every page of the next one
-# faults anew. These settings keep the heap; they are read when a process starts.
-KEPT_HEAP = {
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 32),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 32),
-    "MALLOC_TOP_PAD_": str(1 << 28),
-}
+from .heap import KEPT_HEAP, heap_is_kept
 
 # Is told what is found, line by line.
 Say = Callable[[str], None]
@@ -35,6 +29,7 @@ _CUDA_MATMUL_SIZES = (2048, 4096, 8192)
 _BANDWIDTH_BYTES = 1 << 28
 # A case is measured for so many rounds at least, however long they take.
 _FEWEST_ROUNDS = 5
+_LEAST_CPU_SHARE = 0.95
 
 
 class Cost(NamedTuple):
@@ -72,10 +67,18 @@ class Peaks(NamedTuple):
 
 
 class Timings(NamedTuple):
-    """Seconds of every contender in every round, and the peaks of the machine in that round."""
+    """What `interleave` finds.
+
+    Attributes:
+        seconds: wall-clock time by contender and round.
+        peaks: those of the machine in each round.
+        cpu_share: processor time of this process over wall-clock time. Below 1 others had the
+            processor, which the short products that the peaks are taken from hardly notice.
+    """
 
     seconds: dict[str, list[float]]
     peaks: list[Peaks]
+    cpu_share: float
 
 
 class Probes:
@@ -151,7 +154,7 @@ def interleave(
     try:
         for run in contenders.values():
             run()
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         least = min(rounds, _FEWEST_ROUNDS)
         while len(peaks) < least or (
             len(peaks) < rounds and time.perf_counter() - start < most_seconds
@@ -159,10 +162,11 @@ def interleave(
             peaks.append(probes.measure())
             for name, run in contenders.items():
                 seconds[name].append(seconds_of(run, device))
+        cpu_share = (time.process_time() - cpu_start) / (time.perf_counter() - start)
     finally:
         if collects:
             gc.enable()
-    return Timings(seconds, peaks)
+    return Timings(seconds, peaks, cpu_share)
 
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
@@ -173,6 +177,16 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
 def ratios(seconds: Sequence[float], references: Sequence[float]) -> dict[str, float]:
     """The spread of ratios, round by round: what slows the machine down for a while cancels."""
     return spread([a / b for a, b in zip(seconds, references, strict=True)])
+
+
+def warning(timings: Timings) -> str | None:
+    """One line where others used the machine so much that the times mean little, else None."""
+    if timings.cpu_share > _LEAST_CPU_SHARE:
+        return None
+    return (
+        f"  this process had the processor {timings.cpu_share:.0%} of the time: the machine is "
+        "busy, and times and ratios to the limit are too high"
+    )
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -210,11 +224,6 @@ def note(device: torch.device) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in packages if _installed(name)},
         },
     }
-
-
-def heap_is_kept() -> bool:
-    """Whether this process was started so that freed memory stays in the heap."""
-    return all(os.environ.get(name) == value for name, value in KEPT_HEAP.items())
 
 
 def in_subprocess(module: str, job: Mapping[str, Any], settings: Mapping[str, str]) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .machine import Probes, Say, interleave, milliseconds, note, ratios
+from .machine import Probes, Say, interleave, milliseconds, note, ratios, warning
 from .scenes import Scene
 from .training import BASELINE, VARIANTS, TrainingStep
 from .worker import peak_mib
@@ -45,6 +45,9 @@ def measure(
         runs = work.contenders(device, names)
         timings = interleave(runs, probes, device, rounds=rounds, most_seconds=most_seconds)
         del runs
+        busy = warning(timings)
+        if busy:
+            say(busy)
         (memory,) = peak_mib([(work, names)], device)
         parts[part] = {}
         for name, seconds in timings.seconds.items():
