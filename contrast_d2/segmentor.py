@@ -5,15 +5,14 @@ Shape letters: B images, K classes, H W the padded size of a batch, h w a featur
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from detectron2.modeling import Backbone, SemanticSegmentor
 from detectron2.modeling.postprocessing import sem_seg_postprocess
-from detectron2.structures import ImageList
-from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .losses import SegLoss, upsample
 from .structures import SegOutput
@@ -36,6 +35,10 @@ class ContrastiveSegmentor(SemanticSegmentor):
         seg_loss: (`SegOutput`, labels) -> losses by name.
         contrast: (feature maps, logits, labels) -> `ContrastOutput`; None for the baseline.
         ignore_label: label of padding, and of pixels that no loss counts.
+
+    Attributes:
+        statistics: 0-dim tensors by name, which the contrast method left of the last training
+            batch, for the trainer to log.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
         self.seg_loss = seg_loss
         self.contrast = contrast
         self.ignore_label = ignore_label
+        self.statistics: dict[str, Tensor] = {}
         # detectron2's own ResNet asks for no padding (0), yet a pyramid on its maps needs strides
         # that are exact, and so do labels at the resolution of a map.
         self._size_divisibility = backbone.size_divisibility or max(
@@ -80,7 +84,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
             ValueError: in training, an image without labels, or with labels of another size.
         """
         images = self._normalise(batched_inputs)
-        features = self.backbone(images.tensor)
+        features = self.backbone(images)
         output = self.sem_seg_head(features)
         if not self.training:
             return self._at_output_size(output.logits, images, batched_inputs)
@@ -92,13 +96,14 @@ class ContrastiveSegmentor(SemanticSegmentor):
                 {**features, **output.features}, output.logits.detach(), labels
             )
             losses.update(contrast.losses)
-            _record(contrast.statistics)
+            self.statistics = contrast.statistics
         return losses
 
-    def _normalise(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+    def _normalise(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
+        """(B, 3, H, W) normalised images, padded with 0."""
         images = [x["image"].to(self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
-        return ImageList.from_tensors(images, self._size_divisibility)
+        return _stack(images, self._size_divisibility)
 
     def _stack_labels(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """(B, H, W) labels, padded as the images are."""
@@ -114,15 +119,16 @@ class ContrastiveSegmentor(SemanticSegmentor):
                     f"labels are {tuple(x['sem_seg'].shape)}: the mapper must transform both alike."
                 )
         labels = [x["sem_seg"].to(self.device) for x in batched_inputs]
-        return ImageList.from_tensors(labels, self._size_divisibility, self.ignore_label).tensor
+        return _stack(labels, self._size_divisibility, self.ignore_label)
 
     @staticmethod
     def _at_output_size(
-        logits: Tensor, images: ImageList, batched_inputs: list[dict[str, Any]]
+        logits: Tensor, images: Tensor, batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Tensor]]:
-        logits = upsample(logits, images.tensor.shape[-2:])
+        logits = upsample(logits, images.shape[-2:])
         results = []
-        for scores, x, size in zip(logits, batched_inputs, images.image_sizes, strict=True):
+        for scores, x in zip(logits, batched_inputs, strict=True):
+            size = tuple(x["image"].shape[-2:])
             height, width = x.get("height", size[0]), x.get("width", size[1])
             results.append({"sem_seg": sem_seg_postprocess(scores, size, height, width)})
         return results
@@ -142,15 +148,17 @@ def is_training_only(name: str) -> bool:
     return name.startswith(_CONTRAST_PREFIX)
 
 
-def _record(statistics: Mapping[str, Tensor]) -> None:
-    """Logs 0-dim tensors where a trainer listens; undefined (nan) ones are left out."""
-    try:
-        storage = get_event_storage()
-    except AssertionError:  # no trainer around: the model is used on its own
-        return
-    if statistics:
-        # One transfer for all of them.
-        values = torch.stack([value.float() for value in statistics.values()]).tolist()
-        for name, value in zip(statistics, values, strict=True):
-            if value == value:
-                storage.put_scalar(name, value)
+def _stack(tensors: list[Tensor], divisibility: int, fill: float = 0) -> Tensor:
+    """Stacks (..., H, W) tensors of different sizes, filled up to the right and below.
+
+    As detectron2's `ImageList`, which cannot be compiled: it reads the sizes off tensors.
+    """
+    height = _round_up(max(x.shape[-2] for x in tensors), divisibility)
+    width = _round_up(max(x.shape[-1] for x in tensors), divisibility)
+    return torch.stack(
+        [F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=fill) for x in tensors]
+    )
+
+
+def _round_up(size: int, divisibility: int) -> int:
+    return -(-size // divisibility) * divisibility

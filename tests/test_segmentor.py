@@ -14,7 +14,6 @@ from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import FPN, SemanticSegmentor
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
-from detectron2.utils.events import EventStorage
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
@@ -316,40 +315,26 @@ def test_nothing_to_learn_from_gives_zero() -> None:
     batch = [sample(), sample()]
     for x in batch:
         x["sem_seg"].fill_(255)
-    with EventStorage() as storage:
-        losses = model(batch)
-        assert all(math.isfinite(value) for value, _ in storage.latest().values())
-        assert storage.latest()["contrast/res2/anchors"][0] == 0
+    losses = model(batch)
+    assert model.statistics["contrast/res2/anchors"] == 0
     assert {name: loss.item() for name, loss in losses.items()} == dict.fromkeys(losses, 0.0)
     sum(losses.values()).backward()
     assert not [n for n, p in model.named_parameters() if p.grad is None or p.grad.any()]
 
 
-def test_statistics_reach_the_storage_only() -> None:
+def test_statistics_stay_out_of_the_losses() -> None:
     model = with_contrast()
-    model([sample(), sample()])  # without a trainer around
-    with EventStorage() as storage:
-        losses = model([sample(), sample()])
-    logged = {name: value for name, (value, _) in storage.latest().items()}
+    assert model.statistics == {}
+    losses = model([sample(), sample()])
     assert not [name for name in losses if "/" in name]
+    statistics = model.statistics
     terms = ["res2", "res3", "res4", "res5", "res2_res5", "res2_res4"]
     quantities = ["anchors", "classes", "positive_similarity", "negative_similarity"]
-    assert set(logged) == {f"contrast/{term}/{q}" for term in terms for q in quantities}
-    assert 2 <= logged["contrast/res2/classes"] <= NUM_CLASSES
-    assert logged["contrast/res2/classes"] <= logged["contrast/res2/anchors"] <= 200
-    assert -1 <= logged["contrast/res2/negative_similarity"] <= 1
-
-
-def test_undefined_statistics_are_left_out() -> None:
-    model = with_contrast()
-    batch = [sample(), sample()]
-    for x in batch:
-        x["sem_seg"].fill_(2)
-    with EventStorage() as storage:
-        model(batch)
-    assert storage.latest()["contrast/res2/classes"][0] == 1
-    assert "contrast/res2/positive_similarity" in storage.latest()
-    assert "contrast/res2/negative_similarity" not in storage.latest()
+    assert set(statistics) == {f"contrast/{term}/{q}" for term in terms for q in quantities}
+    assert not [name for name, value in statistics.items() if value.requires_grad or value.dim()]
+    assert 2 <= statistics["contrast/res2/classes"] <= NUM_CLASSES
+    assert statistics["contrast/res2/classes"] <= statistics["contrast/res2/anchors"] <= 200
+    assert -1 <= statistics["contrast/res2/negative_similarity"] <= 1
 
 
 def test_an_image_without_labels_is_named() -> None:

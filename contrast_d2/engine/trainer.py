@@ -33,7 +33,8 @@ class Trainer(TrainerBase):
     data are asked for from the iteration on. That is what makes a resumed run continue exactly.
 
     Args:
-        model: batch -> losses by name; may be wrapped in DistributedDataParallel.
+        model: batch -> losses by name; may be wrapped in DistributedDataParallel. The 0-dim tensors
+            by name that it leaves in an attribute `statistics`, if it has one, are logged.
         optimizer: of the model's parameters.
         build_loader: start iteration -> iterable of this process's batches from there on,
             `accumulation_steps` of them per iteration.
@@ -96,6 +97,7 @@ class Trainer(TrainerBase):
         self.optimizer.zero_grad(set_to_none=True)
         batches: list[Batch] = []
         losses: list[dict[str, Tensor]] = []
+        statistics: list[dict[str, Tensor]] = []
         data_seconds = 0.0
         for step in range(self.accumulation_steps):
             start = time.perf_counter()
@@ -107,8 +109,9 @@ class Trainer(TrainerBase):
                 self._scaler.scale(total).backward()
             batches.append(batch)
             losses.append({name: loss.detach() for name, loss in batch_losses.items()})
+            statistics.append(dict(self._statistics()))
         norm = self._clip()
-        metrics = self._check_finite(batches, losses, norm)
+        metrics = self._check_finite(batches, losses, statistics, norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.storage.put_scalars(data_time=data_seconds, **metrics)
@@ -116,6 +119,11 @@ class Trainer(TrainerBase):
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
         with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None):
             return self.model(batch)
+
+    def _statistics(self) -> dict[str, Tensor]:
+        """What the model left to be logged of its last batch."""
+        wrapped = isinstance(self.model, DistributedDataParallel)
+        return getattr(self.model.module if wrapped else self.model, "statistics", {})
 
     def _without_sync(self, last: bool) -> AbstractContextManager[None]:
         """Gradients are summed over the processes once per step, with the last batch."""
@@ -131,30 +139,42 @@ class Trainer(TrainerBase):
         return nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
 
     def _check_finite(
-        self, batches: list[Batch], losses: list[dict[str, Tensor]], norm: Tensor | None
+        self,
+        batches: list[Batch],
+        losses: list[dict[str, Tensor]],
+        statistics: list[dict[str, Tensor]],
+        norm: Tensor | None,
     ) -> dict[str, float]:
         """Brings the losses to the host, in one transfer, before the optimizer may use them.
 
         Returns:
-            The losses averaged over batches and processes, their sum, and the gradient's norm.
+            The losses averaged over batches and processes, their sum, the gradient's norm, and this
+            process's statistics averaged over those batches in which they are defined (not nan).
 
         Raises:
             NonFiniteLossError: a loss, or with clipping the gradient, is inf or nan.
         """
         names = list(losses[0])
-        local = torch.stack([torch.stack([loss[n].float() for n in names]) for loss in losses])
+        local = _table(losses)
         mean = local.mean(dim=0)
         if comm.get_world_size() > 1:
             dist.all_reduce(mean)
             mean /= comm.get_world_size()
-        parts = [local.flatten(), mean] + ([] if norm is None else [norm.float().view(1)])
+        parts = [local.flatten(), mean, _table(statistics).to(mean.device).flatten()]
+        parts += [] if norm is None else [norm.float().view(1)]
         values = np.array(torch.cat(parts).tolist())
-        by_batch = values[: local.numel()].reshape(local.shape)
-        mean_host = values[local.numel() : local.numel() + len(names)]
+        edges = np.cumsum([part.numel() for part in parts])
+        by_batch, mean_host, by_statistic, _ = np.split(values, edges[:3])
+        by_batch = by_batch.reshape(local.shape)
         if not np.isfinite(mean_host).all():
             raise NonFiniteLossError(self._report(batches, names, by_batch))
         metrics = dict(zip(names, mean_host.tolist(), strict=True))
         metrics["total_loss"] = float(mean_host.sum())
+        for name, column in zip(
+            statistics[0], by_statistic.reshape(len(batches), -1).T, strict=True
+        ):
+            if not np.isnan(column).all():
+                metrics[name] = float(np.nanmean(column))
         if norm is not None:
             metrics["grad_norm"] = float(values[-1])
             # With a loss scaler such a step is skipped and the scale reduced; that is no failure.
@@ -216,6 +236,13 @@ class Trainer(TrainerBase):
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self._scaler.load_state_dict(state_dict["scaler"])
+
+
+def _table(rows: list[dict[str, Tensor]]) -> Tensor:
+    """0-dim tensors by name, of several batches: (batches, names) fp32."""
+    if not rows[0]:
+        return torch.zeros(len(rows), 0)
+    return torch.stack([torch.stack([row[n].float() for n in rows[0]]) for row in rows])
 
 
 def _step_seed(seed: int, iteration: int, rank: int) -> int:

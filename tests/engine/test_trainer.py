@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -70,6 +71,31 @@ def test_the_loss_dict_is_stored_and_summed() -> None:
         latest["loss_sem_seg"] + latest["loss_contrast_res2"]
     )
     assert latest["data_time"] >= 0
+
+
+def test_statistics_are_averaged_over_the_batches_that_have_them() -> None:
+    trainer = make(2, accumulation_steps=3, clip_norm=1.0)
+    forward = trainer.model.forward
+    values = iter([1.0, math.nan, 4.0])
+
+    def leave_statistics(batch: Batch) -> dict[str, torch.Tensor]:
+        trainer.model.statistics = {
+            "contrast/res2/anchors": torch.tensor(next(values)),
+            "contrast/res2/negative_similarity": torch.tensor(math.nan),
+            "contrast/res2/classes": torch.tensor(7),
+        }
+        return forward(batch)
+
+    trainer.model.forward = leave_statistics
+    trainer.train(0, 1)
+    latest = {name: value for name, (value, _) in trainer.storage.latest().items()}
+    assert latest["contrast/res2/anchors"] == 2.5
+    assert latest["contrast/res2/classes"] == 7
+    assert "contrast/res2/negative_similarity" not in latest
+    assert set(latest) >= {"loss_sem_seg", "loss_contrast_res2", "total_loss", "grad_norm"}
+    assert latest["total_loss"] == pytest.approx(
+        latest["loss_sem_seg"] + latest["loss_contrast_res2"]
+    )
 
 
 def test_clipping_bounds_the_step_and_reports_the_norm_before() -> None:
