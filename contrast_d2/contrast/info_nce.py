@@ -27,6 +27,8 @@ from .info_nce_sorted import Products, is_exact, sorted_info_nce
 from .info_nce_triton import is_available, triton_info_nce
 from .kernel_result import KernelResult
 
+PRODUCTS: tuple[Products, ...] = ("fp32", "bf16")
+
 
 def info_nce(
     anchors: Tensor,
@@ -97,8 +99,8 @@ def info_nce(
                 f"{len(anchors)} anchors."
             )
     dtype = torch.float64 if anchors.dtype == torch.float64 else torch.float32
-    if products not in ("fp32", "bf16"):
-        raise ValueError(f"products={products!r}: choose 'fp32' or 'bf16'.")
+    if products not in PRODUCTS:
+        raise ValueError(f"products={products!r}: choose one of {list(PRODUCTS)}.")
     if products == "bf16" and dtype == torch.float64:
         raise ValueError("products='bf16' with fp64 embeddings: give fp32 ones, or 'fp32'.")
 

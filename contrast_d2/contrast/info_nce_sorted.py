@@ -46,8 +46,10 @@ _CACHE_BYTES = 64 << 20
 # Elements of a block of rows against a contrast set.
 _BLOCK_ELEMENTS = 1 << 22
 _LEAST_ROWS = 32
-# Terms of a product that are summed at a time where they point the same way.
-_PULL_STEP = 64
+# Terms of a product that are summed at a time where they point the same way, with anchors among
+# themselves and against a set.
+_OWN_STEP = 64
+_SET_STEP = 128
 # e^88 is the largest power of e in fp32.
 _MAX_EXPONENT = 87.0
 
@@ -273,14 +275,16 @@ def _add_product(target: Tensor, weights: Tensor, factor: Tensor, scale: float =
         target.add_(weights.to(factor.dtype) @ factor, alpha=scale)
 
 
-def _add_pull(target: Tensor, weights: Tensor, factor: Tensor, scale: float = 1.0) -> None:
+def _add_in_steps(
+    target: Tensor, weights: Tensor, factor: Tensor, step: int, scale: float = 1.0
+) -> None:
     """The same for weights that hold positives: a long run of terms that point the same way.
 
-    One after the other they would lose digits to the growing sum, so a few at a time are summed.
+    One after the other they would lose digits to the growing sum, so `step` at a time are summed.
     """
-    for start in range(0, len(factor), _PULL_STEP):
-        step = slice(start, start + _PULL_STEP)
-        _add_product(target, weights[:, step], factor[step], scale)
+    for start in range(0, len(factor), step):
+        terms = slice(start, start + step)
+        _add_product(target, weights[:, terms], factor[terms], scale)
 
 
 class _AmongThemselves:
@@ -377,9 +381,9 @@ class _AmongThemselves:
             pull = sigmoids.add_(others)
         if not self.needs_gradient:
             return
-        _add_pull(self._attraction[rows], pull, self._factor[columns], -weight)
+        _add_in_steps(self._attraction[rows], pull, self._factor[columns], _OWN_STEP, -weight)
         if not within:
-            _add_pull(self._attraction[columns], pull.T, self._factor[rows], -weight)
+            _add_in_steps(self._attraction[columns], pull.T, self._factor[rows], _OWN_STEP, -weight)
 
     def _attract_in_mixed(self, block: _Block) -> None:
         """All pairs within a block of several whole classes."""
@@ -405,7 +409,7 @@ class _AmongThemselves:
             # Surplus places add 0 to a column that another place may have written.
             d_similarities.scatter_add_(1, positives.columns, pull.neg_())
             symmetric = d_similarities + d_similarities.T
-            _add_pull(self._attraction[rows], symmetric, self._factor[rows])
+            _add_in_steps(self._attraction[rows], symmetric, self._factor[rows], _OWN_STEP)
 
     def _repel(self, tile: _Tile, tiles: _TileCache) -> None:
         """Gradients of the negatives of a tile, for its rows and its columns."""
@@ -552,7 +556,15 @@ class _AgainstSet:
             sizes[:] = block.stop - block.start
         runs = self._runs[block.first : block.last]
         positives = _find_positives(runs, sizes, own_columns, self.rows.dtype)
-        similarities = (self.rows[rows] @ self.columns.T).mul_(self.sharpness)
+        similarities = self.rows.new_empty(block.stop - block.start, len(self.columns))
+        torch.addmm(
+            similarities,
+            self.rows[rows],
+            self.columns.T,
+            beta=0,
+            alpha=self.sharpness,
+            out=similarities,
+        )
         gaps = similarities.gather(1, positives.columns).neg_().exp_()
         exponentials = similarities.exp_().scatter_(1, positives.columns, 0)
         sums = exponentials.sum(dim=1, keepdim=True)
@@ -568,6 +580,6 @@ class _AgainstSet:
         d_similarities.scatter_add_(1, positives.columns, pull.neg_())
         d_similarities = d_similarities.to(self._row_factor.dtype)
         if self.needs_gradient[0]:
-            _add_pull(self.d_anchors[rows], d_similarities, self._column_factor)
+            _add_in_steps(self.d_anchors[rows], d_similarities, self._column_factor, _SET_STEP)
         if self.needs_gradient[1]:
-            _add_pull(self.d_contrast, d_similarities.T, self._row_factor[rows])
+            _add_in_steps(self.d_contrast, d_similarities.T, self._row_factor[rows], _SET_STEP)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .distributed import gather_set, sum_over_processes, world_size
 from .gather import gather_pixels, unit_vectors
-from .info_nce import info_nce
+from .info_nce import PRODUCTS, Products, info_nce
 from .output import ContrastOutput
 from .projector import MultiScaleProjector
 from .sampling import BalancedSampler, PixelDraw, downsample_labels
@@ -94,11 +94,12 @@ class MultiScaleContrast(nn.Module):
         across_processes: contrast over the global batch.
         projection: "dense" projects the maps, "sampled" the drawn pixels.
         norm_statistics: "map" or "draw", for sampled projection with batch norms; else None.
+        products: precision of the InfoNCE's products, as in `info_nce`: "fp32" or "bf16".
 
     Raises:
         ValueError: nothing to contrast, a negative weight, a temperature that is not above 0, a map
-            without projector, a pair of equal maps, or `norm_statistics` where there are none to
-            choose, or none where there are.
+            without projector, a pair of equal maps, unknown products, or `norm_statistics` where
+            there are none to choose, or none where there are.
 
     Reference: Pissas, Ravasio, Da Cruz, Bergeles, "Multi-scale and Cross-scale Contrastive Learning
         for Semantic Segmentation", ECCV 2022, sections 3.2 to 3.4, equations (1) to (4).
@@ -121,6 +122,7 @@ class MultiScaleContrast(nn.Module):
         across_processes: bool = False,
         projection: Projection = "dense",
         norm_statistics: NormStatistics | None = None,
+        products: Products = "fp32",
     ) -> None:
         super().__init__()
         cross_temperature = temperature if cross_temperature is None else cross_temperature
@@ -130,6 +132,8 @@ class MultiScaleContrast(nn.Module):
         ):
             if not value > 0:
                 raise ValueError(f"{name}={value}: must be above 0.")
+        if products not in PRODUCTS:
+            raise ValueError(f"products={products!r}: choose one of {list(PRODUCTS)}.")
         if across_processes != sampler.across_processes:
             raise ValueError(
                 f"across_processes={across_processes} here and {sampler.across_processes} in the "
@@ -152,6 +156,7 @@ class MultiScaleContrast(nn.Module):
         self.across_processes = across_processes
         self.projection = projection
         self.norm_statistics = norm_statistics
+        self.products = products
 
     def forward(
         self,
@@ -243,6 +248,7 @@ class MultiScaleContrast(nn.Module):
             temperature=term.temperature,
             count_empty_anchors=self.count_empty_anchors,
             class_counts=source.class_counts,
+            products=self.products,
             # A draw of fixed size is for steps in which the host reads nothing.
             host_reads=source.class_counts is not None,
             **contrast_set,

@@ -610,6 +610,21 @@ def test_a_step_waits_once_for_the_gpu() -> None:
     assert len([w for w in caught if "synchronizing CUDA operation" in str(w.message)]) == 1
 
 
+def test_bf16_products_round_the_gradients_only() -> None:
+    features, labels = random_batch()
+    gradients = {}
+    for products in ("fp32", "bf16"):
+        inputs = {name: x.detach().clone().requires_grad_() for name, x in features.items()}
+        losses = run(build(products=products), inputs, labels).losses
+        gradients[products] = [
+            *losses.values(),
+            *torch.autograd.grad(sum(losses.values()), list(inputs.values())),
+        ]
+    for number, (rounded, exact) in enumerate(zip(*gradients.values(), strict=True)):
+        error = (rounded - exact).norm() / exact.norm()
+        assert error < 1e-6 if number < len(losses) else 1e-4 < error < 0.1
+
+
 # ---- errors
 
 
@@ -634,6 +649,7 @@ def test_a_step_waits_once_for_the_gpu() -> None:
             {"cross_scale": [("res2", "res5", 1.0), ("res5", "res2", 1.0)], "symmetric": True},
             r"\(res5, res2\) twice",
         ),
+        ({"products": "fp16"}, "products='fp16': choose one of"),
         ({"across_processes": True}, "across_processes=True here and False in the sampler"),
         ({"projection": "rows"}, "projection='rows': choose 'dense' or 'sampled'"),
         ({"norm_statistics": "draw"}, "norm_statistics='draw' with projection='dense'"),
