@@ -80,7 +80,7 @@ def _add_growth(commands: Any) -> None:
     )
     parser.set_defaults(run=_growth)
     parser.add_argument(
-        "--largest", type=int, default=16384, metavar="N", help="most anchors (default 16384)"
+        "--largest", type=int, default=8192, metavar="N", help="most anchors (default 8192)"
     )
 
 
@@ -88,7 +88,7 @@ def _add_projection(commands: Any) -> None:
     parser = _add_measurement(
         commands, "projection", "a training step with dense and with sampled projection"
     )
-    parser.set_defaults(run=_projection, repeats=5)
+    parser.set_defaults(run=_projection, repeats=3)
     parser.add_argument(
         "--backbone", default="hrnet_w48", help="of timm, under the FCN head (default hrnet_w48)"
     )

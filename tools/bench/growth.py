@@ -47,7 +47,7 @@ def sweeps(largest: int) -> dict[str, Sweep]:
         largest: most anchors; the other sizes are scaled down with it below 8,192.
     """
     anchors = tuple(largest >> shift for shift in range(5, -1, -1))
-    classes = tuple(2**n for n in range(1, 9) if 2**n <= largest // 32)
+    classes = tuple(2**n for n in range(1, 9) if 2**n <= largest // 16)
     batches = tuple(b for b in (1, 2, 4, 8, 16) if b <= max(2, largest // 512))
     heights = tuple(h for h in (256, 384, 512, 768, 1024) if h <= max(384, largest // 8))
     return {
