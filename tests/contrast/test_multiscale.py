@@ -614,6 +614,7 @@ def test_bf16_products_round_the_gradients_only() -> None:
     features, labels = random_batch()
     gradients = {}
     for products in ("fp32", "bf16"):
+        torch.manual_seed(2)
         inputs = {name: x.detach().clone().requires_grad_() for name, x in features.items()}
         losses = run(build(products=products), inputs, labels).losses
         gradients[products] = [
@@ -622,7 +623,7 @@ def test_bf16_products_round_the_gradients_only() -> None:
         ]
     for number, (rounded, exact) in enumerate(zip(*gradients.values(), strict=True)):
         error = (rounded - exact).norm() / exact.norm()
-        assert error < 1e-6 if number < len(losses) else 1e-4 < error < 0.1
+        assert error < 1e-6 if number < len(losses) else 1e-4 < error < 2e-2
 
 
 # ---- errors
