@@ -142,7 +142,8 @@ def plot(results: Mapping[str, Any]) -> Figure:
     figure = Figure(
         figsize=(3.4 * len(found), 6.0), dpi=120, facecolor="white", layout="constrained"
     )
-    axes = figure.subplots(2, len(found), squeeze=False)
+    # One scale per row: noise on a flat line must not fill its panel.
+    axes = figure.subplots(2, len(found), squeeze=False, sharey="row")
     rows = (("ms", "time [ms]"), ("mib", "peak memory [MiB]"))
     for column, sweep in enumerate(found.values()):
         for row, (quantity, label) in enumerate(rows):
