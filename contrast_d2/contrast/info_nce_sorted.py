@@ -39,7 +39,7 @@ Products = Literal["fp32", "bf16"]
 _ROWS = 256
 _COLUMNS = 1024
 # Small classes share a block of about so many rows; its positives are then looked up one by one.
-_MIXED_ROWS = 128
+_MIXED_ROWS = 192
 # So few anchors make one block, in which no symmetry is used.
 _FEW_ROWS = 512
 _CACHE_BYTES = 64 << 20
@@ -282,7 +282,7 @@ def _add_in_steps(
 
     One after the other they would lose digits to the growing sum, so `step` at a time are summed.
     """
-    for start in range(0, len(factor), step):
+    for start in range(0, factor.shape[0], step):
         terms = slice(start, start + step)
         _add_product(target, weights[:, terms], factor[terms], scale)
 

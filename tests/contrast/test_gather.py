@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contrast_d2.contrast import gather_embeddings, gather_pixels
+from contrast_d2.contrast import gather, gather_embeddings, gather_pixels
 
 SHAPE = (3, 5, 4, 6)
 # In no order, with neighbours in memory, and the corners of the map.
@@ -46,6 +46,12 @@ LAYOUTS = [contiguous, channels_last, permuted_tokens, slice_of_a_map, part_of_c
 def by_loop(maps: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
     places = [divmod(p, maps.shape[3]) for p in pixel.tolist()]
     return torch.stack([maps[b, :, y, x] for b, (y, x) in zip(image.tolist(), places, strict=True)])
+
+
+@pytest.fixture(params=[1, 300, 1 << 20], autouse=True)
+def group_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One plane at a time, some, all."""
+    monkeypatch.setattr(gather, "_GROUP_BYTES", request.param)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -132,3 +138,18 @@ def test_an_empty_draw_stays_connected(layout, distinct: bool) -> None:
     assert drawn.shape == (0, 5)
     (gradient,) = torch.autograd.grad(drawn.sum(), embeddings)
     assert torch.equal(gradient, torch.zeros(SHAPE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_unit_vectors_are_those_of_normalize(dtype: torch.dtype) -> None:
+    rows = (torch.randn(7, 5, dtype=dtype) * torch.logspace(-6, 6, 7, dtype=dtype)[:, None]).clone()
+    rows[3] = 0
+    rows.requires_grad_()
+    weights = torch.randn(7, 5, dtype=dtype)
+    found, expected = gather.unit_vectors(rows), torch.nn.functional.normalize(rows, dim=1)
+    torch.testing.assert_close(found, expected)
+    (d_found,) = torch.autograd.grad((found * weights).sum(), rows)
+    (d_expected,) = torch.autograd.grad((expected * weights).sum(), rows)
+    scale = d_expected.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(d_found / scale, d_expected / scale)
+    assert d_found[3].ne(0).all()
