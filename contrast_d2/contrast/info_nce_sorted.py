@@ -43,7 +43,9 @@ _MIXED_ROWS = 192
 # So few anchors make one block, in which no symmetry is used.
 _FEW_ROWS = 512
 _CACHE_BYTES = 64 << 20
-# Elements of a block of rows against a contrast set.
+# A block of rows against a contrast set has more than _ROWS while it is no larger than a tile, and
+# fewer, down to the least, to stay below the most elements.
+_TILE_ELEMENTS = _ROWS * _COLUMNS
 _BLOCK_ELEMENTS = 1 << 22
 _LEAST_ROWS = 32
 # Terms of a product that are summed at a time where they point the same way, with anchors among
@@ -348,8 +350,8 @@ class _AmongThemselves:
         for columns in tiles.columns(block.class_stop):
             tile = tiles.new(block.rows, columns, keep=self.needs_gradient)
             self._similarities(block.rows, columns, tile.values).exp_()
-            self._sums[block.rows] += tile.values.sum(dim=1)
-            self._sums[columns] += tile.values.sum(dim=0)
+            self._sums[block.rows].add_(tile.values.sum(dim=1))
+            self._sums[columns].add_(tile.values.sum(dim=0))
 
     def _attract_in_class(self, blocks: list[_Block]) -> None:
         """Losses and gradients of the positives of one class, which the blocks make up."""
@@ -358,7 +360,7 @@ class _AmongThemselves:
         for number, block in enumerate(blocks):
             for other in blocks[number:]:
                 self._attract(block.rows, other.rows, weight)
-        self.losses[start:stop] *= weight
+        self.losses[start:stop].mul_(weight)
         self._weights[start:stop] = self._pushes[start:stop] * weight / self._sums[start:stop]
 
     def _attract(self, rows: slice, columns: slice, weight: float) -> None:
@@ -370,14 +372,14 @@ class _AmongThemselves:
         if within:
             gaps.fill_diagonal_(0)
         losses, sigmoids = _softplus_and_sigmoid(gaps)
-        self.losses[rows] += losses.sum(dim=1)
-        self._pushes[rows] += sigmoids.sum(dim=1)
+        self.losses[rows].add_(losses.sum(dim=1))
+        self._pushes[rows].add_(sigmoids.sum(dim=1))
         if within:
             pull = sigmoids + sigmoids.T
         else:
             losses, others = _softplus_and_sigmoid(inverse.mul_(self._sums[columns]))
-            self.losses[columns] += losses.sum(dim=0)
-            self._pushes[columns] += others.sum(dim=0)
+            self.losses[columns].add_(losses.sum(dim=0))
+            self._pushes[columns].add_(others.sum(dim=0))
             pull = sigmoids.add_(others)
         if not self.needs_gradient:
             return
@@ -542,8 +544,9 @@ class _AgainstSet:
         least = 1 if own_columns is None else 2
         sizes = np.diff(self.starts)
         self.num_valid.fill_(int(sizes[self._runs[:, 1] >= least].sum()))
-        max_rows = max(_LEAST_ROWS, min(_ROWS, _BLOCK_ELEMENTS // max(len(self.columns), 1)))
         if len(self.columns):
+            max_rows = max(_ROWS, _TILE_ELEMENTS // len(self.columns))
+            max_rows = max(_LEAST_ROWS, min(max_rows, _BLOCK_ELEMENTS // len(self.columns)))
             for block in _blocks(self.starts, max_rows, max_rows):
                 self._visit(block, None if own_columns is None else own_columns[block.rows])
         for gradient in (self.d_anchors, self.d_contrast):

@@ -42,6 +42,7 @@ def set_blocks(monkeypatch: pytest.MonkeyPatch, rows: int, num_contrast: int) ->
     monkeypatch.setattr(info_nce_masked, "_BLOCK_ELEMENTS", rows * num_contrast)
     monkeypatch.setattr(info_nce_sorted, "_BLOCK_ELEMENTS", rows * num_contrast)
     monkeypatch.setattr(info_nce_sorted, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(info_nce_sorted, "_TILE_ELEMENTS", 0)
     monkeypatch.setattr(info_nce_sorted, "_FEW_ROWS", 0)
     monkeypatch.setattr(info_nce_sorted, "_ROWS", rows)
     monkeypatch.setattr(info_nce_sorted, "_MIXED_ROWS", rows)

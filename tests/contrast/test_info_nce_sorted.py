@@ -37,6 +37,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in zip(names, TILES[request.param], strict=True):
         monkeypatch.setattr(info_nce_sorted, name, value)
     monkeypatch.setattr(info_nce_sorted, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(info_nce_sorted, "_TILE_ELEMENTS", 0)
     monkeypatch.setattr(info_nce_sorted, "_FEW_ROWS", 0)
     monkeypatch.setattr(info_nce_sorted, "_BLOCK_ELEMENTS", 500)
 
