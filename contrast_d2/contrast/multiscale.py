@@ -18,7 +18,7 @@ from .info_nce import PRODUCTS, Products, info_nce
 from .output import ContrastOutput
 from .projector import MultiScaleProjector
 from .sampling import BalancedSampler, PixelDraw, downsample_labels
-from .statistics import ClassSums, class_sums, similarity_statistics
+from .statistics import ClassSums, class_sums, similarity_statistics, stack_class_sums
 
 Projection = Literal["dense", "sampled"]
 NormStatistics = Literal["map", "draw"]
@@ -206,18 +206,12 @@ class MultiScaleContrast(nn.Module):
         if contrast_sets is not anchors:
             contrast_sums = self._class_sums(contrast_sets)
         losses: dict[str, Tensor] = {}
-        statistics: dict[str, Tensor] = {}
         for term in self.terms:
             source = anchors[term.anchors]
             target = contrast_sets[term.contrast or term.anchors]
             loss = self._term_loss(term, source, target)
             losses[f"loss_contrast_{term.name}"] = term.weight * loss
-            found = _statistics(
-                term, sums[term.anchors], contrast_sums[term.contrast or term.anchors]
-            )
-            for quantity, value in found.items():
-                statistics[f"contrast/{term.name}/{quantity}"] = value
-        return ContrastOutput(losses, statistics)
+        return ContrastOutput(losses, self._statistics(sums, contrast_sums))
 
     def _embed(self, name: str, pixels: Tensor, draw: PixelDraw) -> Tensor:
         """Unit vectors (A, D) of drawn pixels, from a map of embeddings or of features."""
@@ -274,17 +268,28 @@ class MultiScaleContrast(nn.Module):
         classes = self.sampler.num_classes
         return {name: class_sums(x.embeddings, x.labels, classes) for name, x in sets.items()}
 
-
-def _statistics(term: _Term, anchors: ClassSums, contrast: ClassSums) -> dict[str, Tensor]:
-    similarity = similarity_statistics(
-        anchors, contrast, contrast_holds_anchors=term.contrast is None
-    )
-    return {
-        "anchors": anchors.counts.sum(),
-        "classes": (anchors.counts > 0).sum().to(anchors.counts.dtype),
-        "positive_similarity": similarity.positive,
-        "negative_similarity": similarity.negative,
-    }
+    def _statistics(
+        self, anchors: Mapping[str, ClassSums], contrast: Mapping[str, ClassSums]
+    ) -> dict[str, Tensor]:
+        """Those of all terms within scales at once, and of all across."""
+        statistics: dict[str, Tensor] = {}
+        for within in (True, False):
+            terms = [term for term in self.terms if (term.contrast is None) == within]
+            if not terms:
+                continue
+            sources = stack_class_sums([anchors[term.anchors] for term in terms])
+            targets = stack_class_sums([contrast[term.contrast or term.anchors] for term in terms])
+            similarity = similarity_statistics(sources, targets, contrast_holds_anchors=within)
+            quantities = {
+                "anchors": sources.counts.sum(dim=1),
+                "classes": (sources.counts > 0).sum(dim=1).to(sources.counts.dtype),
+                "positive_similarity": similarity.positive,
+                "negative_similarity": similarity.negative,
+            }
+            for number, term in enumerate(terms):
+                for quantity, values in quantities.items():
+                    statistics[f"contrast/{term.name}/{quantity}"] = values[number]
+        return statistics
 
 
 def _check_projection(

@@ -5,6 +5,7 @@ Shape letters: A anchors, D embedding width, K classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 class ClassSums(NamedTuple):
     """What the mean similarities of a set of embeddings follow from.
+
+    Those of several sets can be stacked along dimensions that stand before these.
 
     Attributes:
         sums: (K, D), sum of the embeddings of each class.
@@ -26,8 +29,8 @@ class ClassSums(NamedTuple):
 
 
 class SimilarityStatistics(NamedTuple):
-    """Mean cosine similarity over all (anchor, positive) and all (anchor, negative) pairs, 0-dim;
-    nan where there is no such pair."""
+    """Mean cosine similarity over all (anchor, positive) and all (anchor, negative) pairs, 0-dim
+    for each set; nan where there is no such pair."""
 
     positive: Tensor
     negative: Tensor
@@ -53,6 +56,11 @@ def class_sums(embeddings: Tensor, labels: Tensor, num_classes: int) -> ClassSum
     return ClassSums(sums[1:], counts[1:], squares[1:].sum())
 
 
+def stack_class_sums(parts: Sequence[ClassSums]) -> ClassSums:
+    """Stacks the sums of N sets along a new first dimension: (N, K, D), (N, K), (N,)."""
+    return ClassSums(*(torch.stack(values) for values in zip(*parts, strict=True)))
+
+
 @torch.no_grad()
 def similarity_statistics(
     anchors: ClassSums, contrast: ClassSums, *, contrast_holds_anchors: bool = False
@@ -65,14 +73,14 @@ def similarity_statistics(
         contrast_holds_anchors: the anchors are part of the contrast set, and none is paired with
             itself.
     """
-    same = (anchors.sums * contrast.sums).sum()
-    same_pairs = (anchors.counts * contrast.counts).sum()
-    everything = anchors.sums.sum(dim=0) @ contrast.sums.sum(dim=0)
-    all_pairs = anchors.counts.sum() * contrast.counts.sum()
+    same = (anchors.sums * contrast.sums).sum(dim=(-2, -1))
+    same_pairs = (anchors.counts * contrast.counts).sum(dim=-1)
+    everything = (anchors.sums.sum(dim=-2) * contrast.sums.sum(dim=-2)).sum(dim=-1)
+    all_pairs = anchors.counts.sum(dim=-1) * contrast.counts.sum(dim=-1)
     negative = _mean(everything - same, all_pairs - same_pairs)
     if contrast_holds_anchors:
         same = same - anchors.squares
-        same_pairs = same_pairs - anchors.counts.sum()
+        same_pairs = same_pairs - anchors.counts.sum(dim=-1)
     return SimilarityStatistics(positive=_mean(same, same_pairs), negative=negative)
 
 

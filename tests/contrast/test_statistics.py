@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from contrast_d2.contrast import class_sums, similarity_statistics
+from contrast_d2.contrast.statistics import stack_class_sums
 
 # Class 3 has one anchor and class 1 no contrast sample; negative labels do not count.
 LABELS = [0, 2, 0, 1, -1, 1, 2, 0, 3, 1, 0, -1]
@@ -53,6 +54,18 @@ def test_anchors_of_a_larger_set() -> None:
         contrast_holds_anchors=True,
     )
     assert [v.item() for v in found] == expected(anchors, LABELS, everything, labels, True)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_stacked_sets_give_what_each_gives(within: bool) -> None:
+    sets = [class_sums(unit(12, 6), torch.randint(-1, 5, (12,)), 5) for _ in range(6)]
+    options = {"contrast_holds_anchors": within}
+    stacked = similarity_statistics(
+        stack_class_sums(sets[:3]), stack_class_sums(sets[3:]), **options
+    )
+    for number in range(3):
+        alone = similarity_statistics(sets[number], sets[3 + number], **options)
+        torch.testing.assert_close([x[number] for x in stacked], list(alone), equal_nan=True)
 
 
 def test_without_pairs_they_are_nan() -> None:
