@@ -109,6 +109,8 @@ def _read_planes(maps: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
     """(A, C) from a contiguous map."""
     rows_CA = maps.new_empty(maps.shape[1], image.shape[0])
     places, groups = _plane_groups(maps, image, pixel)
+    if maps.numel() <= torch.iinfo(torch.int32).max:
+        places = places.int()  # a fifth faster
     for channels, plane in groups:
         rows = rows_CA[channels]
         torch.index_select(
