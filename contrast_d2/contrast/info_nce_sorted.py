@@ -37,15 +37,17 @@ Products = Literal["fp32", "bf16"]
 # Rows and columns of a tile: large enough for full speed of the products, small enough for a tile
 # to stay in a core's cache while it is worked on.
 _ROWS = 256
-_COLUMNS = 1024
+_COLUMNS = 768
+# Where all tiles fit into the cache, fewer and wider ones are faster.
+_WIDE_COLUMNS = 2048
 # Small classes share a block of about so many rows; its positives are then looked up one by one.
 _MIXED_ROWS = 192
 # So few anchors make one block, in which no symmetry is used.
 _FEW_ROWS = 512
-_CACHE_BYTES = 64 << 20
+_CACHE_BYTES = 78 << 20
 # A block of rows against a contrast set has more than _ROWS while it is no larger than a tile, and
 # fewer, down to the least, to stay below the most elements.
-_TILE_ELEMENTS = _ROWS * _COLUMNS
+_TILE_ELEMENTS = 1 << 18
 _BLOCK_ELEMENTS = 1 << 22
 _LEAST_ROWS = 32
 # Terms of a product that are summed at a time where they point the same way, with anchors among
@@ -317,7 +319,7 @@ class _AmongThemselves:
         few = len(self.rows) <= _FEW_ROWS
         blocks = _blocks(self.starts, _ROWS, _FEW_ROWS if few else _MIXED_ROWS)
         most_rows = max(block.stop - block.start for block in blocks)
-        tiles = _TileCache(most_rows * min(_COLUMNS, len(self.rows)), self.rows)
+        tiles = _TileCache(most_rows, self.rows)
         open_blocks: list[_Block] = []
         for block in blocks:
             self._meet_later_classes(block, tiles)
@@ -445,10 +447,12 @@ class _Tile(NamedTuple):
 class _TileCache:
     """Tiles that wait until all their columns are complete, in a limited number of places."""
 
-    def __init__(self, max_elements: int, like: Tensor) -> None:
+    def __init__(self, most_rows: int, like: Tensor) -> None:
+        all_fit = len(like) ** 2 * like.element_size() <= _CACHE_BYTES
+        self._step = min(_WIDE_COLUMNS if all_fit else _COLUMNS, len(like))
         self._num_columns = len(like)
         self._like = like
-        self._max_elements = max_elements
+        self._max_elements = max_elements = most_rows * self._step
         self._places_left = _CACHE_BYTES // (max_elements * like.element_size())
         self._free: list[Tensor] = []
         self._passing = like.new_empty(max_elements)
@@ -458,13 +462,14 @@ class _TileCache:
 
     def columns(self, start: int) -> list[slice]:
         """The columns from `start` on, divided where all rows divide them."""
-        edges = [start, *range((start // _COLUMNS + 1) * _COLUMNS, self._num_columns, _COLUMNS)]
+        step = self._step
+        edges = [start, *range((start // step + 1) * step, self._num_columns, step)]
         edges = [edge for edge in edges if edge < self._num_columns] + [self._num_columns]
         return [slice(low, high) for low, high in zip(edges[:-1], edges[1:], strict=True)]
 
     def new(self, rows: slice, columns: slice, keep: bool) -> _Tile:
         """An uninitialised tile; one to `keep` waits for `take_until`."""
-        memory = self._place() if keep else None
+        memory = self._place(columns.stop) if keep else None
         is_kept = memory is not None
         tile = self._tile(rows, columns, self._passing if memory is None else memory, is_kept)
         if keep:
@@ -493,13 +498,21 @@ class _TileCache:
         shape = rows.stop - rows.start, columns.stop - columns.start
         return _Tile(rows, columns, memory[: shape[0] * shape[1]].view(shape), memory, is_kept)
 
-    def _place(self) -> Tensor | None:
+    def _place(self, stop: int) -> Tensor | None:
+        """Memory for a tile that waits for column `stop`; None if there is no better use of it."""
         if self._free:
             return self._free.pop()
-        if self._places_left == 0:
+        if self._places_left:
+            self._places_left -= 1
+            return self._like.new_empty(self._max_elements)
+        # Who waits longest makes room: that keeps the most tiles in all.
+        kept = [column for column, tiles in self._waiting.items() if tiles and tiles[-1].is_kept]
+        if not kept or max(kept) <= stop:
             return None
-        self._places_left -= 1
-        return self._like.new_empty(self._max_elements)
+        longest = self._waiting[max(kept)]
+        tile = longest.pop()
+        longest.insert(0, tile._replace(is_kept=False))
+        return tile.memory
 
 
 class _AgainstSet:

@@ -47,6 +47,7 @@ def set_blocks(monkeypatch: pytest.MonkeyPatch, rows: int, num_contrast: int) ->
     monkeypatch.setattr(info_nce_sorted, "_ROWS", rows)
     monkeypatch.setattr(info_nce_sorted, "_MIXED_ROWS", rows)
     monkeypatch.setattr(info_nce_sorted, "_COLUMNS", 2 * rows)
+    monkeypatch.setattr(info_nce_sorted, "_WIDE_COLUMNS", 2 * rows)
 
 
 # ---- the equations
