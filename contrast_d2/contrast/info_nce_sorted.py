@@ -181,6 +181,10 @@ class _Block(NamedTuple):
     def is_mixed(self) -> bool:
         return self.last - self.first > 1
 
+    @property
+    def is_whole(self) -> bool:
+        return (self.start, self.stop) == (self.class_start, self.class_stop)
+
 
 def _blocks(starts: np.ndarray, max_rows: int, mixed_rows: int) -> list[_Block]:
     """Divides ordered samples into blocks.
@@ -210,6 +214,19 @@ def _blocks(starts: np.ndarray, max_rows: int, mixed_rows: int) -> list[_Block]:
             for low, high in zip(edges[:-1], edges[1:], strict=True)
         ]
     return blocks
+
+
+def _stripes(blocks: list[_Block]) -> list[list[_Block]]:
+    """Joins consecutive blocks of whole classes, as long as they have no more than 1.5 _ROWS."""
+    stripes: list[list[_Block]] = []
+    for block in blocks:
+        last = stripes[-1] if stripes else []
+        rows = block.stop - last[0].start if last else 0
+        if last and rows <= 1.5 * _ROWS and last[-1].is_whole and block.is_whole:
+            last.append(block)
+        else:
+            stripes.append([block])
+    return stripes
 
 
 class _Positives(NamedTuple):
@@ -317,23 +334,27 @@ class _AmongThemselves:
         if len(self.starts) < 3:  # no second class, no negative: loss and gradient are 0
             return
         few = len(self.rows) <= _FEW_ROWS
-        blocks = _blocks(self.starts, _ROWS, _FEW_ROWS if few else _MIXED_ROWS)
-        most_rows = max(block.stop - block.start for block in blocks)
-        tiles = _TileCache(most_rows, self.rows)
+        stripes = _stripes(_blocks(self.starts, _ROWS, _FEW_ROWS if few else _MIXED_ROWS))
+        tiles = _TileCache(max(stripe[-1].stop - stripe[0].start for stripe in stripes), self.rows)
         open_blocks: list[_Block] = []
-        for block in blocks:
-            self._meet_later_classes(block, tiles)
-            open_blocks.append(block)
-            if block.stop < block.class_stop:
+        for stripe in stripes:
+            self._meet_later_classes(stripe, tiles)
+            open_blocks += stripe
+            stop = stripe[-1].class_stop
+            if stripe[-1].stop < stop:
                 continue
             # All similarities of these classes are in their sums.
-            if block.is_mixed:
-                self._attract_in_mixed(block)
-            else:
+            if len(stripe) == 1 and not stripe[0].is_mixed:
                 self._attract_in_class(open_blocks)
+            else:
+                for block in stripe:
+                    if block.is_mixed:
+                        self._attract_in_mixed(block)
+                    else:
+                        self._attract_in_class([block])
             open_blocks = []
             if self.needs_gradient:
-                for tile in tiles.take_until(block.class_stop):
+                for tile in tiles.take_until(stop):
                     self._repel(tile, tiles)
         if self.needs_gradient:
             self.gradient.add_(self._attraction).mul_(self.sharpness)
@@ -347,13 +368,19 @@ class _AmongThemselves:
             out, self.rows[rows], self.rows[columns].T, beta=0, alpha=sharpness, out=out
         )
 
-    def _meet_later_classes(self, block: _Block, tiles: _TileCache) -> None:
-        """Adds the exponentials of a block's negatives in later classes to the sums of both."""
-        for columns in tiles.columns(block.class_stop):
-            tile = tiles.new(block.rows, columns, keep=self.needs_gradient)
-            self._similarities(block.rows, columns, tile.values).exp_()
-            self._sums[block.rows].add_(tile.values.sum(dim=1))
-            self._sums[columns].add_(tile.values.sum(dim=0))
+    def _meet_later_classes(self, stripe: list[_Block], tiles: _TileCache) -> None:
+        """Adds the exponentials of a stripe's negatives in later classes to the sums of both."""
+        rows = slice(stripe[0].start, stripe[-1].stop)
+        for columns in tiles.columns(stripe[-1].class_stop):
+            self._meet(rows, columns, tiles)
+        for block in stripe[:-1]:
+            self._meet(block.rows, slice(block.stop, rows.stop), tiles)
+
+    def _meet(self, rows: slice, columns: slice, tiles: _TileCache) -> None:
+        tile = tiles.new(rows, columns, keep=self.needs_gradient)
+        self._similarities(rows, columns, tile.values).exp_()
+        self._sums[rows].add_(tile.values.sum(dim=1))
+        self._sums[columns].add_(tile.values.sum(dim=0))
 
     def _attract_in_class(self, blocks: list[_Block]) -> None:
         """Losses and gradients of the positives of one class, which the blocks make up."""
