@@ -77,7 +77,8 @@ _TINY = replace(_FEWSTREETS, height=128, width=256, object_area=500.0, seed=0)
 
 # Scenes and seeds are such that about as many anchors are drawn as from the datasets themselves.
 CASES = {
-    "cityscapes_b2": Case(Step(_FEWSTREETS), _STEP, 1.8, (1008, 288, 115, 85)),
+    # So small a step that fixed costs rule: no promise.
+    "cityscapes_b2": Case(Step(_FEWSTREETS), _STEP, expected=(1008, 288, 115, 85)),
     "cityscapes_b8": Case(Step(STREET), _STEP, 1.8, (990, 704, 410, 325), default_heap=True),
     "ade20k_b16": Case(Step(_ROOMS), _STEP, 1.8, (1430, 828, 615, 500)),
     "cityscapes_b8_large": Case(Step(LARGE_REGIONS), (OURS, TEXTBOOK), 1.5, (9936, 3744, 792, 325)),

@@ -24,7 +24,7 @@ from .heap import KEPT_HEAP, heap_is_kept
 # Is told what is found, line by line.
 Say = Callable[[str], None]
 
-_MATMUL_SIZES = (512, 1024, 1536)
+_MATMUL_SIZES = (2048, 4096)
 _CUDA_MATMUL_SIZES = (2048, 4096, 8192)
 _BANDWIDTH_BYTES = 1 << 28
 # A case is measured for so many rounds at least, however long they take.

@@ -37,6 +37,8 @@ SUPCON = "pytorch-metric-learning"
 
 _FLOAT_BYTES = 4
 _LABEL_BYTES = 8
+# What memory moves at least.
+_LINE_BYTES = 64
 _STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
 _SCALE_WEIGHTS = {"res2": 1.0, "res3": 0.7, "res4": 0.4, "res5": 0.1}
 _CROSS_SCALE = (("res2", "res5", 1.0), ("res2", "res4", 1.0))
@@ -104,8 +106,9 @@ class Step:
         return Cost(
             flop=flop,
             written=pixels * self.width * _FLOAT_BYTES,
-            # Rows are read from the maps and their gradients written into them.
-            moved=2 * sum(drawn) * self.width * _FLOAT_BYTES + pixels * _LABEL_BYTES,
+            # The channels of a pixel lie a plane apart: each is a cache line of its own. Their
+            # gradients go into lines that are still in the cache from their zero-fill.
+            moved=sum(drawn) * self.width * _LINE_BYTES + pixels * _LABEL_BYTES,
         )
 
     def gradient_bytes(self) -> int:
