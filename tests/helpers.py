@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from contrast_d2.engine.launch import leave_groups
 
@@ -55,3 +57,41 @@ def _run_rank(
         dist.barrier()
     finally:
         leave_groups()
+
+
+class HostWaits(TorchFunctionMode):
+    """Records the calls for which a tensor on a device would make the host wait."""
+
+    names = {
+        "__bool__",
+        "__float__",
+        "__index__",
+        "__int__",
+        "as_tensor",
+        "bincount",
+        "cpu",
+        "item",
+        "masked_select",
+        "new_tensor",
+        "nonzero",
+        "repeat_interleave",
+        "tensor",
+        "tolist",
+        "unique",
+    }
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        masked = name in ("__getitem__", "__setitem__") and any(
+            isinstance(index, Tensor) and index.dtype == torch.bool
+            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        # A copy from the host waits too, unless it is asked not to.
+        copies = name == "to" and any(isinstance(a, torch.device) for a in args)
+        if name in self.names or masked or (copies and not (kwargs or {}).get("non_blocking")):
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))

@@ -55,7 +55,8 @@ def info_nce(
     Triton, and on the CPU temperatures below about 0.03.
 
     Args:
-        anchors: (A, D) unit vectors.
+        anchors: (A, D) unit vectors. Much longer ones leave the range of fp32 on the CPU, and the
+            loss is then not finite.
         labels: (A,) integer classes. A negative label is padding: no anchor.
         contrast: (C, D) unit vectors; None contrasts the anchors among themselves, each without
             itself.

@@ -31,7 +31,7 @@ def masked_info_nce(
     needs_gradient: tuple[bool, bool],
     products: Literal["fp32", "bf16"],
 ) -> KernelResult:
-    """Value and gradient of the InfoNCE, with four products of (A, D) by (D, C) at most.
+    """Value and gradient of the InfoNCE, with three products of (A, D) by (D, C) at most.
 
     Args:
         anchors, labels, contrast, contrast_labels: fp32 or fp64 embeddings (A, D), (C, D) with

@@ -11,6 +11,8 @@ from torch.nn.functional import normalize
 from contrast_d2.contrast import info_nce, info_nce_sorted
 from contrast_d2.contrast.info_nce_masked import masked_info_nce
 
+from . import references
+
 # Sizes of classes: small ones that share blocks, large ones that make up several, a class of one.
 CLASS_SIZES = {
     "small": [3, 1, 4, 2, 5, 1, 1, 2],
@@ -239,6 +241,21 @@ def test_error_is_at_most_twice_that_of_plain_pytorch_where_it_is_chosen(
         plain_error = (plain[index].double() - exact[index]).abs().max()
         rounding = torch.finfo(torch.float32).eps * exact[index].abs().max()
         assert error <= 2 * plain_error + rounding
+
+
+def test_gradients_of_unsorted_clusters_keep_the_digits_of_plain_pytorch() -> None:
+    # The case that sorting makes worse: all positives of an anchor, one after the other, point the
+    # same way, where plain PyTorch meets them among others.
+    labels = torch.randint(16, (2048,))
+    anchors = normalize(torch.randn(2048, 256) + 0.5 * torch.randn(16, 256)[labels], dim=1)
+    exact = references.dense_loss(exact_input := anchors.double().requires_grad_(), labels, 0.1)
+    plain = references.dense_loss(plain_input := anchors.clone().requires_grad_(), labels, 0.1)
+    ours = info_nce(our_input := anchors.clone().requires_grad_(), labels)
+    (exact_gradient,) = torch.autograd.grad(exact, exact_input)
+    (plain_gradient,) = torch.autograd.grad(plain, plain_input)
+    (our_gradient,) = torch.autograd.grad(ours, our_input)
+    error = (our_gradient - exact_gradient).norm()
+    assert error <= 1.6 * (plain_gradient - exact_gradient).norm()
 
 
 def reference_at(temperature: float, anchors: Tensor, labels: Tensor):

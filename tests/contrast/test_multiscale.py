@@ -9,7 +9,6 @@ import warnings
 import pytest
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from contrast_d2.contrast import (
     BalancedSampler,
@@ -19,6 +18,7 @@ from contrast_d2.contrast import (
     gather_embeddings,
 )
 
+from ..helpers import HostWaits
 from . import references
 
 CHANNELS = {"res2": 5, "res3": 6, "res4": 7, "res5": 8}
@@ -539,49 +539,13 @@ def test_sizes_that_do_not_divide() -> None:
         assert statistics[f"contrast/{name}/classes"] == 2
 
 
-class _HostWaits(TorchFunctionMode):
-    """Records the calls for which a tensor on a device would make the host wait."""
-
-    names = {
-        "__bool__",
-        "__float__",
-        "__index__",
-        "__int__",
-        "as_tensor",
-        "cpu",
-        "item",
-        "masked_select",
-        "new_tensor",
-        "nonzero",
-        "tensor",
-        "tolist",
-        "unique",
-    }
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[str] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        masked = name in ("__getitem__", "__setitem__") and any(
-            isinstance(index, Tensor) and index.dtype == torch.bool
-            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
-        )
-        # A copy from the host waits too, unless it is asked not to.
-        copies = name == "to" and any(isinstance(a, torch.device) for a in args)
-        if name in self.names or masked or (copies and not (kwargs or {}).get("non_blocking")):
-            self.calls.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("fixed_size", [False, True])
 def test_a_step_waits_once_for_the_device(projection: str, fixed_size: bool) -> None:
     features, labels = random_batch()
     sampler = BalancedSampler(NUM_CLASSES, max_anchors=40, floor=10, fixed_size=fixed_size)
     contrast = build(**PROJECTIONS[projection], sampler=sampler)
-    with _HostWaits() as waits:
+    with HostWaits() as waits:
         output = contrast(features, None, labels)
         sum(output.losses.values()).backward()
     # How many anchors there are.

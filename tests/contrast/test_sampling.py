@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from contrast_d2.contrast import BalancedSampler, PixelDraw, downsample_labels
 from contrast_d2.contrast.sampling import draw_without_replacement, share_equally
 
+from ..helpers import HostWaits
 from . import references
 
 IGNORED = [255, -1, 7, 1000]  # with K <= 7
@@ -423,48 +423,12 @@ def test_padding_does_not_pile_up_on_a_pixel() -> None:
         assert Counter(_pixels(draw)).most_common(1)[0][1] <= 3
 
 
-class _HostReads(TorchFunctionMode):
-    """Records the calls that make the host wait for a device, or whose result has a size that it
-    does not know."""
-
-    names = {
-        "__bool__",
-        "__float__",
-        "__index__",
-        "__int__",
-        "argwhere",
-        "bincount",
-        "cpu",
-        "item",
-        "masked_select",
-        "nonzero",
-        "numpy",
-        "repeat_interleave",
-        "tolist",
-        "unique",
-    }
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[str] = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        masked = name in ("__getitem__", "__setitem__") and any(
-            isinstance(index, Tensor) and index.dtype == torch.bool
-            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
-        )
-        if name in self.names or masked:
-            self.calls.append(name)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("balance", ["class", "image_class"])
 def test_an_ordinary_draw_reads_from_the_device_once(balance: str) -> None:
     maps = [counted_map([9, 50, 30], [20, 0, 60]) for _ in range(4)]
-    with _HostReads() as reads:
+    with HostWaits() as reads:
         BalancedSampler(3, balance=balance)(maps)
-    assert reads.calls == ["cpu", "numpy"]  # all scales; the second turns what the first has read
+    assert reads.calls == ["cpu"]  # all scales
 
 
 @pytest.mark.parametrize("balance", ["class", "image_class"])
@@ -472,7 +436,7 @@ def test_a_draw_of_fixed_size_reads_nothing_from_the_device(balance: str) -> Non
     sampler = BalancedSampler(3, balance=balance, max_anchors=600, floor=8, fixed_size=True)
     # Tensors that have a device and a shape but no values: what needs a value raises, and so does
     # what mixes devices.
-    with FakeTensorMode(), _HostReads() as reads:
+    with FakeTensorMode(), HostWaits() as reads:
         maps = [torch.zeros(2, size, size, dtype=torch.long, device="cuda") for size in (32, 8)]
         draws = sampler(maps)
     assert reads.calls == []
