@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .distributed import gather_set, sum_over_processes, world_size
 from .gather import gather_pixels, unit_vectors
 from .info_nce import PRODUCTS, Products, info_nce
+from .method import ContrastMethod
 from .output import ContrastOutput
 from .projector import MultiScaleProjector
 from .sampling import BalancedSampler, PixelDraw, downsample_labels
@@ -48,7 +49,7 @@ class _Term(NamedTuple):
     temperature: float
 
 
-class MultiScaleContrast(nn.Module):
+class MultiScaleContrast(ContrastMethod):
     """Contrasts class-balanced pixels within each scale, and those of one scale with another's.
 
     For the anchor sets A_s drawn at each scale s,
@@ -124,7 +125,7 @@ class MultiScaleContrast(nn.Module):
         norm_statistics: NormStatistics | None = None,
         products: Products = "fp32",
     ) -> None:
-        super().__init__()
+        super().__init__(projector)
         cross_temperature = temperature if cross_temperature is None else cross_temperature
         for name, value in (
             ("temperature", temperature),
@@ -149,7 +150,6 @@ class MultiScaleContrast(nn.Module):
         used = {name for term in self.terms for name in (term.anchors, term.contrast) if name}
         projector.keep(used)
         _check_projection(projector, projection, norm_statistics)
-        self.projector = projector
         self.sampler = sampler
         self.detach_contrast = detach_contrast
         self.count_empty_anchors = count_empty_anchors
@@ -158,38 +158,25 @@ class MultiScaleContrast(nn.Module):
         self.norm_statistics = norm_statistics
         self.products = products
 
-    def forward(
+    @property
+    def contrasts_projections(self) -> bool:
+        return self.projection == "dense"
+
+    # How many pixels are drawn is known at run time only: a compiled step has one graph up to here.
+    @torch.compiler.disable
+    def contrast(
         self,
-        features: Mapping[str, Tensor],
+        maps: Mapping[str, Tensor],
         logits: Tensor | None,
         labels: Tensor,
         generator: torch.Generator | None = None,
     ) -> ContrastOutput:
-        """Computes the contrast terms of one step.
-
-        Args:
-            features: feature maps (B, C, h, w) by name.
-            logits: not used: this method draws by labels alone. It stands in the call that all
-                contrast methods share.
-            labels: (B, H, W) integer classes at full resolution; others than 0..K-1 are ignored.
-            generator: source of the random draw, on the labels' device.
+        """As in `ContrastMethod`; logits play no part.
 
         Returns:
             Losses `loss_contrast_<s>` and `loss_contrast_<s>_<s'>`; the statistics `anchors`,
             `classes`, `positive_similarity` and `negative_similarity` of each term.
         """
-        if self.projection == "dense":
-            maps = self.projector(features)
-        else:
-            maps = self.projector.select(features)
-        return self._contrast(maps, labels, generator)
-
-    # How many pixels are drawn is known at run time only: a compiled step has one graph up to here.
-    @torch.compiler.disable
-    def _contrast(
-        self, maps: Mapping[str, Tensor], labels: Tensor, generator: torch.Generator | None
-    ) -> ContrastOutput:
-        """All that follows the dense projection, or with sampled projection the backbone."""
         label_maps = [downsample_labels(labels, x.shape[-2:]) for x in maps.values()]
         draws = self.sampler(label_maps, generator)
         anchors = {

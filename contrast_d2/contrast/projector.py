@@ -18,7 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .distributed import gather_rows, world_size
 
-Norm = Literal["batch", "layer"]
+Norm = Literal["batch", "layer"] | None
+Order = Literal["relu_norm", "norm_relu"]
 
 # Elements of a hidden activation that `map_statistics` holds at a time.
 _CHUNK_ELEMENTS = 1 << 22
@@ -39,7 +40,7 @@ class ChannelStatistics(NamedTuple):
 
 
 class Projector(nn.Sequential):
-    """Maps a feature map to embeddings: hidden blocks of 1x1 conv-ReLU-norm, then a 1x1 conv.
+    """Maps a feature map to embeddings: hidden blocks of 1x1 conv, ReLU and norm, then a 1x1 conv.
 
     Called on a map it projects every pixel. `project_rows` projects drawn pixels alone, with the
     same parameters: the two are equal to rounding when the norms use the same statistics.
@@ -47,9 +48,14 @@ class Projector(nn.Sequential):
     Args:
         in_channels: C, channels of the feature map.
         embed_dim: D, width of the embeddings.
-        num_hidden: number of hidden C -> C blocks; the paper describes 2, its release has 1.
-        norm: "batch", as in the paper, or "layer": over the channels of each pixel, without
-            statistics of other pixels.
+        num_hidden: number of hidden blocks; Pissas et al. describe 2, their release has 1, as the
+            other methods do.
+        norm: "batch", "layer" (over the channels of each pixel, without statistics of other
+            pixels), or None; only without one have the hidden convolutions a bias.
+        order: of ReLU and norm in a block: "relu_norm" as in multi-scale contrast, or "norm_relu"
+            as in the releases of pixel contrast and PNE.
+        max_hidden_channels: hidden blocks are as wide as the feature map, but no wider than this;
+            None for no bound.
         bn_momentum: momentum of the running statistics of batch norms. They are never used, because
             the projector does not run at test time; the release has 3e-4.
 
@@ -57,7 +63,8 @@ class Projector(nn.Sequential):
     pixels, which gives the same values without touching the whole map.
 
     Reference: Pissas et al., "Multi-scale and Cross-scale Contrastive Learning for Semantic
-        Segmentation", ECCV 2022, section 3.2.
+        Segmentation", ECCV 2022, section 3.2; Wang et al., "Exploring Cross-Image Pixel Contrast
+        for Semantic Segmentation", ICCV 2021, section 3.3.
     """
 
     def __init__(
@@ -67,27 +74,37 @@ class Projector(nn.Sequential):
         *,
         num_hidden: int = 2,
         norm: Norm = "batch",
+        order: Order = "relu_norm",
+        max_hidden_channels: int | None = None,
         bn_momentum: float = 0.1,
     ) -> None:
         for name, value, least in (
             ("in_channels", in_channels, 1),
             ("embed_dim", embed_dim, 1),
             ("num_hidden", num_hidden, 0),
+            ("max_hidden_channels", max_hidden_channels, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"Projector({name}={value}): needs at least {least}.")
-        if norm not in ("batch", "layer"):
-            raise ValueError(f"Projector(norm={norm!r}): choose 'batch' or 'layer'.")
+        if norm not in ("batch", "layer", None):
+            raise ValueError(f"Projector(norm={norm!r}): choose 'batch', 'layer' or None.")
+        if order not in ("relu_norm", "norm_relu"):
+            raise ValueError(f"Projector(order={order!r}): choose 'relu_norm' or 'norm_relu'.")
+        hidden = min(in_channels, max_hidden_channels or in_channels)
         layers: list[nn.Module] = []
+        width = in_channels
         for _ in range(num_hidden):
-            layers += [
-                nn.Conv2d(in_channels, in_channels, 1, bias=False),
-                nn.ReLU(),
-                nn.BatchNorm2d(in_channels, momentum=bn_momentum)
-                if norm == "batch"
-                else ChannelLayerNorm(in_channels),
-            ]
-        layers.append(nn.Conv2d(in_channels, embed_dim, 1))
+            layers.append(nn.Conv2d(width, hidden, 1, bias=norm is None))
+            after: list[nn.Module] = [nn.ReLU()]
+            if norm is not None:
+                after.append(
+                    nn.BatchNorm2d(hidden, momentum=bn_momentum)
+                    if norm == "batch"
+                    else ChannelLayerNorm(hidden)
+                )
+            layers += after if order == "relu_norm" else reversed(after)
+            width = hidden
+        layers.append(nn.Conv2d(width, embed_dim, 1))
         super().__init__(*layers)
 
     @property
@@ -248,7 +265,8 @@ class MultiScaleProjector(nn.Module):
 
     Args:
         in_channels: channels of each feature map by name, e.g. {"res2": 64, "res5": 512}.
-        embed_dim, num_hidden, norm, bn_momentum: as in `Projector`, the same for every map.
+        embed_dim, num_hidden, norm, order, max_hidden_channels, bn_momentum: as in `Projector`, the
+            same for every map.
     """
 
     def __init__(
@@ -258,6 +276,8 @@ class MultiScaleProjector(nn.Module):
         *,
         num_hidden: int = 2,
         norm: Norm = "batch",
+        order: Order = "relu_norm",
+        max_hidden_channels: int | None = None,
         bn_momentum: float = 0.1,
     ) -> None:
         super().__init__()
@@ -271,6 +291,8 @@ class MultiScaleProjector(nn.Module):
                     embed_dim,
                     num_hidden=num_hidden,
                     norm=norm,
+                    order=order,
+                    max_hidden_channels=max_hidden_channels,
                     bn_momentum=bn_momentum,
                 )
                 for name, channels in in_channels.items()

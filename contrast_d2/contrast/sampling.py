@@ -63,6 +63,25 @@ def downsample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return labels[..., rows[:, None], columns]
 
 
+def predicted_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The most likely class of each pixel of a feature map.
+
+    Class scores are resized bilinearly where their size is another, and the class is chosen after
+    that: a resized score is a mixture, a resized class would not be.
+
+    Args:
+        logits: (B, K, h', w') class scores.
+        size: (h, w) of the feature map.
+
+    Returns:
+        (B, h, w) int64, without gradient.
+    """
+    with torch.no_grad():
+        if logits.shape[-2:] != torch.Size(size):
+            logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+        return logits.argmax(dim=1)
+
+
 class BalancedSampler:
     """Draws the same number of pixels from every class, so that no class dominates the contrast.
 

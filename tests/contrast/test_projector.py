@@ -42,6 +42,37 @@ def test_order_is_convolution_relu_norm() -> None:
     torch.testing.assert_close(projector(features), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_norm_before_relu() -> None:
+    projector = Projector(6, 4, num_hidden=1, order="norm_relu")
+    assert [type(x) for x in projector] == [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Conv2d]
+
+
+def test_without_norm_the_hidden_convolutions_have_a_bias() -> None:
+    projector = Projector(6, 4, num_hidden=1, norm=None)
+    assert [type(layer) for layer in projector] == [nn.Conv2d, nn.ReLU, nn.Conv2d]
+    assert projector[0].bias is not None
+    assert not projector.has_batch_norm
+
+
+@pytest.mark.parametrize(("bound", "width"), [(None, 6), (8, 6), (3, 3)])
+def test_hidden_width_is_bounded(bound: int | None, width: int) -> None:
+    projector = MultiScaleProjector({"res2": 6}, 4, max_hidden_channels=bound).heads["res2"]
+    shapes = [tuple(x.weight.shape[:2]) for x in projector if isinstance(x, nn.Conv2d)]
+    assert shapes == [(width, 6), (width, width), (4, width)]
+    assert projector(torch.randn(2, 6, 3, 5)).shape == (2, 4, 3, 5)
+
+
+@pytest.mark.parametrize("options", [{"order": "norm_relu", "norm": "layer"}, {"norm": None}])
+def test_all_forms_project_rows_as_maps(options: dict) -> None:
+    projector = Projector(6, 4, max_hidden_channels=5, **options)
+    features = torch.randn(1, 6, 3, 5)
+    rows = features.flatten(2)[0].T
+    expected = projector(features).flatten(2)[0].T
+    torch.testing.assert_close(
+        projector.project_rows(rows, torch.ones(len(rows), dtype=torch.bool)), expected
+    )
+
+
 def test_each_map_has_its_own_head() -> None:
     projector = MultiScaleProjector({"res2": 4, "res3": 4}, 3, num_hidden=0)
     features = {"res3": torch.randn(2, 4, 3, 3), "stem": torch.randn(2, 9, 6, 6)}
@@ -75,7 +106,9 @@ def test_keep_drops_the_other_heads() -> None:
         ({"in_channels": 0}, "in_channels=0"),
         ({"embed_dim": 0}, "embed_dim=0"),
         ({"num_hidden": -1}, "num_hidden=-1"),
-        ({"norm": "group"}, "norm='group'.*'batch' or 'layer'"),
+        ({"norm": "group"}, "norm='group'.*'batch', 'layer' or None"),
+        ({"order": "norm"}, "order='norm'.*'relu_norm' or 'norm_relu'"),
+        ({"max_hidden_channels": 0}, "max_hidden_channels=0"),
     ],
 )
 def test_wrong_sizes_are_named(arguments: dict, message: str) -> None:

@@ -15,7 +15,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from contrast_d2.contrast import BalancedSampler, PixelDraw, downsample_labels
+from contrast_d2.contrast import (
+    BalancedSampler,
+    PixelDraw,
+    downsample_labels,
+    predicted_labels,
+)
 from contrast_d2.contrast.sampling import draw_without_replacement, share_equally
 
 from ..helpers import HostWaits
@@ -487,3 +492,15 @@ def test_a_draw_of_fixed_size_does_not_wait_for_the_gpu(balance: str) -> None:
 def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BalancedSampler(**{"num_classes": 11, **arguments})
+
+
+# ---- predictions
+
+
+def test_predictions_are_made_of_resized_scores() -> None:
+    # Two pixels of 0.9 : 0.1 and 0.2 : 0.8 mix to 0.55 : 0.45, where the second class has lost.
+    logits = torch.tensor([[[[0.9, 0.2]], [[0.1, 0.8]]]])
+    assert predicted_labels(logits, (1, 2)).tolist() == [[[0, 1]]]
+    assert predicted_labels(logits, (1, 1)).tolist() == [[[0]]]
+    assert predicted_labels(logits, (1, 6)).tolist() == [[[0, 0, 0, 1, 1, 1]]]
+    assert predicted_labels(logits.bfloat16(), (1, 1)).tolist() == [[[0]]]
