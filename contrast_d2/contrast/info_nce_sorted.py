@@ -44,7 +44,7 @@ _WIDE_COLUMNS = 2048
 _MIXED_ROWS = 192
 # So few anchors make one block, in which no symmetry is used.
 _FEW_ROWS = 512
-_CACHE_BYTES = 78 << 20
+_CACHE_BYTES = 72 << 20
 # A block of rows against a contrast set has more than _ROWS while it is no larger than a tile, and
 # fewer, down to the least, to stay below the most elements.
 _TILE_ELEMENTS = 1 << 18

@@ -216,16 +216,36 @@ def test_contenders_take_turns(monkeypatch) -> None:
 
     runs = {name: lambda name=name: calls.append(name) for name in "ab"}
     found = machine.interleave(runs, Probes(), CPU, rounds=2, most_seconds=0)
-    assert calls == ["a", "b", "peaks", "a", "b", "peaks", "a", "b"]
+    turn = ["peaks", *4 * ["a"], *4 * ["b"]]
+    assert calls == ["a", "b", *turn, *turn]
+    assert found.calls == 4
     assert gc.isenabled()
     assert [len(seconds) for seconds in found.seconds.values()] == [2, 2]
     found = machine.interleave(runs, Probes(), CPU, rounds=50, most_seconds=0)
     assert len(found.peaks) == 5
 
 
+def test_calls_of_a_round_are_as_many_as_the_slowest_contender_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seconds = iter([0.1, 0.9, 0.5, 0.1, 0.2, 0.9, 0.8])
+
+    class Probes:
+        def measure(self) -> None:
+            pass
+
+    monkeypatch.setattr(machine, "seconds_of", lambda run, device: next(seconds))
+    monkeypatch.setattr(machine, "_FEWEST_ROUNDS", 1)
+    runs = {"a": lambda: None, "b": lambda: None}
+    found = machine.interleave(runs, Probes(), CPU, rounds=1, most_seconds=0)
+    # 0.1 and 0.9 s while warming up: two calls of 0.9 s are within 2 s.
+    assert found.calls == 2
+    assert found.seconds == {"a": [0.1], "b": [0.2]}
+
+
 def test_a_busy_machine_is_told() -> None:
-    assert machine.warning(machine.Timings({}, [], cpu_share=0.99)) is None
-    assert "60% of the time" in machine.warning(machine.Timings({}, [], cpu_share=0.6))
+    assert machine.warning(machine.Timings({}, 1, [], cpu_share=0.99)) is None
+    assert "60% of the time" in machine.warning(machine.Timings({}, 1, [], cpu_share=0.6))
 
     class Probes:
         def measure(self) -> machine.Peaks:

@@ -145,7 +145,7 @@ def _measure_case(
     if busy:
         say(busy)
     limits = [peaks.limit(workload.cost()) for peaks in timings.peaks]
-    result["rounds"] = len(limits)
+    result["rounds"], result["calls_per_round"] = len(limits), timings.calls
     result["cpu_share"] = timings.cpu_share
     result["peaks"] = median_peaks(timings.peaks)._asdict()
     result["limit_ms"] = milliseconds(limits)
@@ -175,7 +175,7 @@ def _measure_case(
 def _run_once(run: Callable[[], object], probes: Probes, device: torch.device) -> Timings:
     peaks, cpu_start = [probes.measure()], time.process_time()
     seconds = seconds_of(run, device)
-    return Timings({OURS: [seconds]}, peaks, (time.process_time() - cpu_start) / seconds)
+    return Timings({OURS: [seconds]}, 1, peaks, (time.process_time() - cpu_start) / seconds)
 
 
 def _errors(device: torch.device, dtype: torch.dtype) -> dict[str, dict[str, float]]:

@@ -29,6 +29,10 @@ _CUDA_MATMUL_SIZES = (2048, 4096, 8192)
 _BANDWIDTH_BYTES = 1 << 28
 # A case is measured for so many rounds at least, however long they take.
 _FEWEST_ROUNDS = 5
+# In a round the peaks are the best of so many calls, and so are the contenders' times, if these
+# calls of the slowest one take no longer than this.
+_BEST_OF = 4
+_MOST_SECONDS_OF_CALLS = 2.0
 _LEAST_CPU_SHARE = 0.95
 
 
@@ -70,13 +74,15 @@ class Timings(NamedTuple):
     """What `interleave` finds.
 
     Attributes:
-        seconds: wall-clock time by contender and round.
+        seconds: wall-clock time by contender and round, the best of `calls`.
+        calls: how often each contender ran in a round.
         peaks: those of the machine in each round.
         cpu_share: processor time of this process over wall-clock time. Below 1 others had the
             processor, which the short products that the peaks are taken from hardly notice.
     """
 
     seconds: dict[str, list[float]]
+    calls: int
     peaks: list[Peaks]
     cpu_share: float
 
@@ -117,7 +123,12 @@ class Probes:
         return 2 * len(matrix) ** 3 / seconds
 
     def _best(self, run: Callable[[], object]) -> float:
-        return min(seconds_of(run, self._device) for _ in range(4))
+        return best_seconds(run, self._device, _BEST_OF)
+
+
+def best_seconds(run: Callable[[], object], device: torch.device, calls: int) -> float:
+    """Wall-clock seconds of the fastest of some calls."""
+    return min(seconds_of(run, device) for _ in range(calls))
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:
@@ -139,6 +150,10 @@ def interleave(
 ) -> Timings:
     """Times contenders in turn, round by round, so that all see the same state of the machine.
 
+    What disturbs a single call makes it slower, never faster. Peaks are therefore the best of
+    several calls, and so are the contenders' times, as long as a call is short; one that is long
+    sees an average of the disturbances.
+
     Args:
         contenders: what to run, by name.
         probes: measured in every round.
@@ -152,8 +167,8 @@ def interleave(
     gc.collect()
     gc.disable()
     try:
-        for run in contenders.values():
-            run()
+        slowest = max(seconds_of(run, device) for run in contenders.values())
+        calls = max(1, min(_BEST_OF, int(_MOST_SECONDS_OF_CALLS / max(slowest, 1e-6))))
         start, cpu_start = time.perf_counter(), time.process_time()
         least = min(rounds, _FEWEST_ROUNDS)
         while len(peaks) < least or (
@@ -161,12 +176,12 @@ def interleave(
         ):
             peaks.append(probes.measure())
             for name, run in contenders.items():
-                seconds[name].append(seconds_of(run, device))
+                seconds[name].append(best_seconds(run, device, calls))
         cpu_share = (time.process_time() - cpu_start) / (time.perf_counter() - start)
     finally:
         if collects:
             gc.enable()
-    return Timings(seconds, peaks, cpu_share)
+    return Timings(seconds, calls, peaks, cpu_share)
 
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
