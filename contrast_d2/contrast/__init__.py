@@ -1,23 +1,34 @@
 """Contrast methods as plain PyTorch modules: feature maps and labels in, named losses out."""
 
 from .gather import gather_embeddings, gather_pixels
+from .hard_sampling import HardAnchorSampler
 from .info_nce import info_nce
+from .memory import MemoryBank
 from .method import ContrastMethod, Warmup
 from .multiscale import MultiScaleContrast
 from .output import ContrastOutput
+from .pairs import RolePairs, SemiHardPairs
+from .pixel import PixelContrast
+from .pne import PNE
 from .projector import MultiScaleProjector, Projector
 from .sampling import BalancedSampler, PixelDraw, downsample_labels, predicted_labels
 from .statistics import ClassSums, SimilarityStatistics, class_sums, similarity_statistics
 
 __all__ = [
+    "PNE",
     "BalancedSampler",
     "ClassSums",
     "ContrastMethod",
     "ContrastOutput",
+    "HardAnchorSampler",
+    "MemoryBank",
     "MultiScaleContrast",
     "MultiScaleProjector",
+    "PixelContrast",
     "PixelDraw",
     "Projector",
+    "RolePairs",
+    "SemiHardPairs",
     "SimilarityStatistics",
     "Warmup",
     "class_sums",

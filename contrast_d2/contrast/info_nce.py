@@ -26,6 +26,7 @@ from .info_nce_masked import masked_info_nce
 from .info_nce_sorted import Products, is_exact, sorted_info_nce
 from .info_nce_triton import is_available, triton_info_nce
 from .kernel_result import KernelResult
+from .pairs import PairSelector
 
 PRODUCTS: tuple[Products, ...] = ("fp32", "bf16")
 
@@ -43,6 +44,7 @@ def info_nce(
     contrast_class_counts: Sequence[int] | None = None,
     products: Products = "fp32",
     host_reads: bool = True,
+    pairs: PairSelector | None = None,
 ) -> Tensor:
     """Supervised InfoNCE of anchors against a contrast set.
 
@@ -52,7 +54,7 @@ def info_nce(
 
     Three kernels share the work: a Triton kernel on CUDA; on the CPU one for samples in the order
     of their classes; and one in plain PyTorch for all else, that is fp64 on CUDA, GPUs without
-    Triton, and on the CPU temperatures below about 0.03.
+    Triton, on the CPU temperatures below about 0.03, and a selection of `pairs`.
 
     Args:
         anchors: (A, D) unit vectors. Much longer ones leave the range of fp32 on the CPU, and the
@@ -74,6 +76,8 @@ def info_nce(
             them, elsewhere those of the gradient. Similarities and sums stay fp32.
         host_reads: False keeps the host from reading labels, at the price of the CPU's fast kernel
             where the class counts are not given. On CUDA nothing is read anyway.
+        pairs: chooses which positives and negatives of each anchor count; None for all of them.
+            An anchor whose positives are all left out counts as one without a positive.
 
     Returns:
         The loss, 0-dim fp32 (or fp64). It is 0, still connected to the graph, where no anchor has a
@@ -109,7 +113,9 @@ def info_nce(
         contrast is None or contrast_class_counts is not None
     )
     kernel: Callable[..., KernelResult] = masked_info_nce
-    if dtype == torch.float32 and is_available(anchors):
+    if pairs is not None:
+        kernel = partial(masked_info_nce, pairs=pairs)
+    elif dtype == torch.float32 and is_available(anchors):
         kernel = triton_info_nce
     elif (
         anchors.device.type == "cpu"

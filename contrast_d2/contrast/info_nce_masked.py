@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .kernel_result import KernelResult
+from .pairs import PairSelector
 
 # Elements of one R x C block of similarities; a handful of such blocks is alive at a time.
 _BLOCK_ELEMENTS = 1 << 21
@@ -30,13 +31,14 @@ def masked_info_nce(
     anchors_lead_contrast: bool,
     needs_gradient: tuple[bool, bool],
     products: Literal["fp32", "bf16"],
+    pairs: PairSelector | None = None,
 ) -> KernelResult:
     """Value and gradient of the InfoNCE, with three products of (A, D) by (D, C) at most.
 
     Args:
         anchors, labels, contrast, contrast_labels: fp32 or fp64 embeddings (A, D), (C, D) with
             their labels, as in `info_nce`.
-        temperature, anchors_lead_contrast, products: as in `info_nce`.
+        temperature, anchors_lead_contrast, products, pairs: as in `info_nce`.
         needs_gradient: whether to compute the gradients of anchors and of contrast.
     """
     among_themselves = contrast is None or contrast_labels is None
@@ -61,6 +63,8 @@ def masked_info_nce(
         positive_RC = same_RC & known
         if among_themselves or anchors_lead_contrast:
             positive_RC.diagonal(start).fill_(False)
+        if pairs is not None:
+            positive_RC, negative_RC = pairs(logits_RC, positive_RC, negative_RC)
         loss, valid, d_logits_RC = _block(logits_RC, positive_RC, negative_RC, any(needs_gradient))
         total += loss
         num_valid += valid

@@ -1,7 +1,7 @@
 """Which pixels become anchors: label down-sampling and class-balanced draws.
 
-Shape letters: S scales (label maps of one step), B images, K classes, H W a label map, h w a
-feature map, A anchors of one scale.
+Shape letters: S scales (label maps of one step), B images, K classes, G groups of a class at one
+scale, H W a label map, h w a feature map, A anchors of one scale.
 
 The draw of a step needs labels only and is made for all scales together. A stable sort brings
 together the pixels of each group (one scale, class and image), budgets say how many to take from
@@ -196,79 +196,16 @@ class BalancedSampler:
     def _draw(
         self, label_maps: Sequence[Tensor], generator: torch.Generator | None
     ) -> list[PixelDraw]:
-        device, num_images = label_maps[0].device, label_maps[0].shape[0]
+        pixels = sort_pixels(label_maps, self.num_classes)
         capacities = [min(self.max_anchors, label_map.numel()) for label_map in label_maps]
-        order, bounds = self._sort_pixels(label_maps)
-        counts = bounds.diff().view(len(label_maps), self.num_classes + 2, num_images)
-        quotas = self._quotas(counts[:, 1:-1])
-        # As many random numbers as slots in either mode: the generator advances by the same amount
-        # whatever the labels are.
-        random = torch.randint(2**62, (sum(capacities),), generator=generator, device=device)
-
-        class_counts: list[tuple[int, ...] | None] = [None] * len(label_maps)
-        lengths = capacities
-        if not self.fixed_size:
-            per_class = quotas.sum(dim=2).cpu().numpy()  # the only wait for the device
-            class_counts = [tuple(row) for row in per_class.tolist()]
-            lengths = per_class.sum(axis=1).tolist()
-        starts = accumulate(capacities, initial=0)
-        slots = torch.cat(
-            [torch.arange(i, i + n, device=device) for i, n in zip(starts, lengths, strict=False)]
+        return draw_pixels(
+            label_maps,
+            pixels,
+            self._quotas(pixels.counts),
+            capacities,
+            generator,
+            fixed_size=self.fixed_size,
         )
-
-        # Safe from pageable memory: the copy takes the values before it returns.
-        quotas = quotas.to(device, non_blocking=True)
-        group, rank = _group_of_slots(slots, quotas, capacities)
-        labels = group // num_images % (self.num_classes + 2) - 1
-        padding = labels == self.num_classes
-        # Beyond all pixels, where padding is in nobody's way.
-        first = bounds[group].masked_fill_(padding, order.numel())
-        place = draw_without_replacement(first, bounds[group + 1] - first, rank, random[slots])
-        chosen = order[place % order.numel()]
-        labels.masked_fill_(padding, -1)
-
-        draws, first_pixel = [], 0
-        for label_map, chosen_s, labels_s, counts_s in zip(
-            label_maps, chosen.split(lengths), labels.split(lengths), class_counts, strict=True
-        ):
-            # Padding may have come upon a pixel of another scale. The remainders keep it spread:
-            # gradients that all fall on one pixel would have to queue.
-            index = (chosen_s - first_pixel) % label_map.numel()
-            num_pixels = label_map[0].numel()
-            image = index.div(num_pixels, rounding_mode="floor")
-            draws.append(PixelDraw(image, index - image * num_pixels, labels_s, counts_s))
-            first_pixel += label_map.numel()
-        return draws
-
-    def _sort_pixels(self, label_maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Sorts the pixels of all scales by group.
-
-        Groups are numbered by scale, class -1..K, image. Classes -1 and K hold what lies below and
-        above the range of labels: ignored pixels need no mask this way.
-
-        Returns:
-            (pixels,) int64 order, row-major within each group, and (S * (K + 2) * B + 1,) int64
-            places where the groups begin and end in it.
-        """
-        num_images, device = label_maps[0].shape[0], label_maps[0].device
-        per_scale = (self.num_classes + 2) * num_images
-        num_groups = len(label_maps) * per_scale
-        sizes = [label_map.numel() for label_map in label_maps]
-        labels = torch.empty(
-            sum(sizes), dtype=torch.promote_types(label_maps[0].dtype, torch.int32), device=device
-        )
-        for label_map, part in zip(label_maps, labels.split(sizes), strict=True):
-            part.view_as(label_map).copy_(label_map)
-        # The sort is the largest cost, and goes by the bytes of the keys.
-        dtype = torch.int16 if num_groups < 2**15 else torch.int32
-        keys = labels.clamp_(-1, self.num_classes).to(dtype)
-        images = torch.arange(num_images, dtype=dtype, device=device)[:, None]
-        for scale, part in enumerate(keys.split(sizes)):
-            part = part.view(num_images, -1)
-            torch.add(images + (scale * per_scale + num_images), part, alpha=num_images, out=part)
-        sorted_keys, order = torch.sort(keys, stable=True)
-        numbers = torch.arange(num_groups + 1, dtype=dtype, device=device)
-        return order, torch.searchsorted(sorted_keys, numbers)
 
     def _quotas(self, counts: Tensor) -> Tensor:
         """How many pixels to draw from each group of this process: (S, K, B) -> (S, K, B)."""
@@ -295,6 +232,133 @@ class BalancedSampler:
         target = rarest.clamp(min=self.floor, max=self.max_per_group)
         target = target.minimum(self.max_anchors // num_eligible.clamp(min=1))
         return counts.minimum(target).masked_fill(~eligible, 0)
+
+
+class SortedPixels(NamedTuple):
+    """The pixels of all scales in the order of their groups.
+
+    Groups are numbered by scale, class -1..K, image (and half). Classes -1 and K hold what lies
+    below and above the range of labels: ignored pixels need no mask this way.
+
+    Attributes:
+        order: (pixels,) int64, the pixels, row-major within each group.
+        bounds: (S * (K + 2) * G + 1,) int64, places in `order` where the groups begin and end.
+        counts: (S, K, G) int64, pixels of each group of a class 0..K-1. G is B, or 2 B where the
+            images are halved.
+    """
+
+    order: Tensor
+    bounds: Tensor
+    counts: Tensor
+
+
+def sort_pixels(
+    label_maps: Sequence[Tensor], num_classes: int, halves: Sequence[Tensor] | None = None
+) -> SortedPixels:
+    """Sorts the pixels of all scales by group.
+
+    Args:
+        label_maps: S integer maps (B, h, w), of the same B images.
+        num_classes: K.
+        halves: S bool maps (B, h, w) that divide each group in two, first the pixels that are
+            False; None for whole groups.
+    """
+    num_images, device = label_maps[0].shape[0], label_maps[0].device
+    num_scales, groups_per_class = len(label_maps), num_images * (1 if halves is None else 2)
+    num_groups = num_scales * (num_classes + 2) * groups_per_class
+    sizes = [label_map.numel() for label_map in label_maps]
+    labels = torch.empty(
+        sum(sizes), dtype=torch.promote_types(label_maps[0].dtype, torch.int32), device=device
+    )
+    for label_map, part in zip(label_maps, labels.split(sizes), strict=True):
+        part.view_as(label_map).copy_(label_map)
+    # The sort is the largest cost, and goes by the bytes of the keys.
+    dtype = torch.int16 if num_groups < 2**15 else torch.int32
+    keys = labels.clamp_(-1, num_classes).to(dtype)
+    images = torch.arange(num_images, dtype=dtype, device=device)[:, None]
+    for scale, part in enumerate(keys.split(sizes)):
+        part = part.view(num_images, -1)
+        first = (scale * (num_classes + 2) + 1) * num_images
+        torch.add(images + first, part, alpha=num_images, out=part)
+        if halves is not None:
+            part.mul_(2).add_(halves[scale].flatten(1))
+    sorted_keys, order = torch.sort(keys, stable=True)
+    numbers = torch.arange(num_groups + 1, dtype=dtype, device=device)
+    bounds = torch.searchsorted(sorted_keys, numbers)
+    counts = bounds.diff().view(num_scales, num_classes + 2, groups_per_class)
+    return SortedPixels(order, bounds, counts[:, 1:-1])
+
+
+def draw_pixels(
+    label_maps: Sequence[Tensor],
+    pixels: SortedPixels,
+    quotas: Tensor,
+    capacities: Sequence[int],
+    generator: torch.Generator | None,
+    *,
+    fixed_size: bool = False,
+    from_remainder: bool = False,
+) -> list[PixelDraw]:
+    """Draws pixels from each group at random, none twice.
+
+    The host waits for the device once, to learn how many they are, or with `fixed_size` never.
+
+    Args:
+        label_maps: S integer maps (B, h, w).
+        pixels: those of the label maps.
+        quotas: (S, K, G) int64, how many pixels to draw from each group, at most its count.
+        capacities: S ints, at least the draws of the scale.
+        generator: source of the draw, on the labels' device; None for the default one.
+        fixed_size: pad the draw of each scale to its capacity.
+        from_remainder: for halved groups, draw the quota of a second half from what the draw of
+            the first one leaves of both.
+
+    Returns:
+        S draws, grouped by class, then by image (and half).
+    """
+    device, num_pixels = label_maps[0].device, pixels.order.numel()
+    num_classes, groups_per_class = quotas.shape[1:]
+    # As many random numbers as slots in either mode: the generator advances by the same amount
+    # whatever the labels are.
+    random = torch.randint(2**62, (sum(capacities),), generator=generator, device=device)
+
+    class_counts: list[tuple[int, ...] | None] = [None] * len(label_maps)
+    lengths = capacities
+    if not fixed_size:
+        per_class = quotas.sum(dim=2).cpu().numpy()  # the only wait for the device
+        class_counts = [tuple(row) for row in per_class.tolist()]
+        lengths = per_class.sum(axis=1).tolist()
+    starts = accumulate(capacities, initial=0)
+    slots = torch.cat(
+        [torch.arange(i, i + n, device=device) for i, n in zip(starts, lengths, strict=False)]
+    )
+
+    # Safe from pageable memory: the copy takes the values before it returns.
+    quotas = quotas.to(device, non_blocking=True)
+    group, first_slot = _group_of_slots(slots, quotas, capacities)
+    labels = group // groups_per_class % (num_classes + 2) - 1
+    padding = labels == num_classes
+    # A second half goes on with the shuffle of the first, now over the places of both.
+    leader = group - group % 2 if from_remainder else group
+    # Padding is beyond all pixels, where it is in nobody's way.
+    first = pixels.bounds[leader].masked_fill_(padding, num_pixels)
+    size = pixels.bounds[group + 1] - first
+    place = draw_without_replacement(first, size, slots - first_slot[leader], random[slots])
+    chosen = pixels.order[place % num_pixels]
+    labels.masked_fill_(padding, -1)
+
+    draws, first_pixel = [], 0
+    for label_map, chosen_s, labels_s, counts_s in zip(
+        label_maps, chosen.split(lengths), labels.split(lengths), class_counts, strict=True
+    ):
+        # Padding may have come upon a pixel of another scale. The remainders keep it spread:
+        # gradients that all fall on one pixel would have to queue.
+        index = (chosen_s - first_pixel) % label_map.numel()
+        per_image = label_map[0].numel()
+        image = index.div(per_image, rounding_mode="floor")
+        draws.append(PixelDraw(image, index - image * per_image, labels_s, counts_s))
+        first_pixel += label_map.numel()
+    return draws
 
 
 def share_equally(counts: Tensor, wanted: Tensor) -> Tensor:
@@ -372,20 +436,20 @@ def draw_without_replacement(first: Tensor, size: Tensor, rank: Tensor, random: 
 def _group_of_slots(
     slots: Tensor, quotas: Tensor, capacities: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """The group that each slot draws from, and the rank of the slot in it.
+    """The group that each slot draws from.
 
     Args:
         slots: (A,) int64 numbers of slots; each scale has as many as its capacity.
-        quotas: (S, K, B) int64 draws from each group.
+        quotas: (S, K, G) int64 draws from each group.
         capacities: S ints, at least the draws of the scale.
 
     Returns:
-        (A,) int64 groups, with numbers for the classes -1..K, and (A,) int64 ranks. Slots past the
-        draws of their scale are padding: their group is the last one of class K.
+        (A,) int64 groups, with numbers for the classes -1..K, and (S * (K + 2) * G,) int64 slots
+        with which the groups begin. Slots past the draws of their scale are padding: their group
+        is the last one of class K.
     """
     quotas = F.pad(quotas, (0, 0, 1, 1))
     room = torch.cat([quotas.new_full((1,), capacity) for capacity in capacities])
     quotas[:, -1, -1] = room - quotas.sum(dim=(1, 2))
     ends = quotas.flatten().cumsum(dim=0)
-    group = torch.searchsorted(ends, slots, right=True)
-    return group, slots - (ends - quotas.flatten())[group]
+    return torch.searchsorted(ends, slots, right=True), ends - quotas.flatten()

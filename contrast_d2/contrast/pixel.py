@@ -1,0 +1,215 @@
+"""Pixel contrast, with or without memory (Wang et al., ICCV 2021).
+
+Shape letters: B images, K classes, H W the labels' size, h w the embedding map, D embedding width,
+A anchors, C contrast samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .gather import gather_embeddings
+from .hard_sampling import HardAnchorSampler
+from .info_nce import PRODUCTS, Products, info_nce
+from .memory import LabelledSet, MemoryBank
+from .method import ContrastMethod, Warmup, connected_zero
+from .output import ContrastOutput
+from .pairs import SemiHardPairs
+from .projector import MultiScaleProjector
+from .sampling import PixelDraw, downsample_labels, predicted_labels
+from .statistics import class_sums, similarity_statistics
+
+
+class PixelContrast(ContrastMethod):
+    """Contrasts pixels of one feature map, half of them wrongly predicted, across images.
+
+    For anchors A drawn from the batch, and a contrast set C,
+
+        L = weight * temperature / base_temperature * mean_{i in A} mean_{j in P(i)} l(i, j)
+
+    with l the supervised InfoNCE of `info_nce`; P(i) and N(i) are the samples of C of the anchor's
+    class, without itself, and of other classes, or what `pairs` chooses of them. C are the anchors,
+    and with a memory also its keys of earlier batches, which carry no gradient.
+
+    In each step anchors are drawn, contrasted with the bank as it is, and then the batch's keys go
+    into the bank, during warm-up as well. Used in training only.
+
+    Anchors are those of one process, as in the release; with several processes it is the memory, of
+    which all hold the same, that brings the images of the others in.
+
+    Args:
+        projector: heads for the feature maps; those of other maps than `feature` are dropped.
+        sampler: draws the anchors.
+        feature: name of the feature map.
+        weight: of the term. The release has 0.1.
+        temperature: divides the similarities.
+        base_temperature: scales the loss by temperature / base_temperature; None for a factor of 1.
+            The release has 0.07 with a temperature of 0.1 on Cityscapes, so a factor of 1.43.
+        warmup_iters: passes without contrast; the release has 5000.
+        ramp_iters: passes over which the term's weight then grows.
+        memory: keys of earlier batches; None to contrast within the batch.
+        memory_per_class: most keys of each class that enter a step, drawn at random; None for all.
+        contrast_batch: whether the anchors are in the contrast set besides the memory. The release
+            leaves them out.
+        pairs: choice of semi-hard positives and negatives; None for all pairs.
+        products: precision of the InfoNCE's products, as in `info_nce`: "fp32" or "bf16".
+
+    Raises:
+        ValueError: a negative weight, a temperature that is not above 0, a map without projector,
+            unknown products, a memory of another size than sampler or projector, options of a
+            memory without one.
+
+    Reference: Wang, Zhou, Yu, Dai, Konukoglu, Van Gool, "Exploring Cross-Image Pixel Contrast for
+        Semantic Segmentation", ICCV 2021, section 3.2, equation (3).
+    """
+
+    def __init__(
+        self,
+        projector: MultiScaleProjector,
+        sampler: HardAnchorSampler,
+        *,
+        feature: str,
+        weight: float = 0.1,
+        temperature: float = 0.1,
+        base_temperature: float | None = None,
+        warmup_iters: int = 0,
+        ramp_iters: int = 0,
+        memory: MemoryBank | None = None,
+        memory_per_class: int | None = None,
+        contrast_batch: bool = True,
+        pairs: SemiHardPairs | None = None,
+        products: Products = "fp32",
+    ) -> None:
+        super().__init__(projector)
+        if not weight >= 0:
+            raise ValueError(f"weight={weight}: must be 0 or more.")
+        base_temperature = temperature if base_temperature is None else base_temperature
+        for name, value in (("temperature", temperature), ("base_temperature", base_temperature)):
+            if not value > 0:
+                raise ValueError(f"{name}={value}: must be above 0.")
+        if products not in PRODUCTS:
+            raise ValueError(f"products={products!r}: choose one of {list(PRODUCTS)}.")
+        _check_memory(memory, memory_per_class, contrast_batch, projector, sampler)
+        projector.keep([feature])
+        self.sampler = sampler
+        self.feature = feature
+        self.weight = weight * temperature / base_temperature
+        self.temperature = temperature
+        self.warmup = Warmup(warmup_iters, ramp_iters)
+        self.memory = memory
+        self.memory_per_class = memory_per_class
+        self.contrast_batch = contrast_batch
+        self.pairs = pairs
+        self.products = products
+
+    # How many pixels are drawn is known at run time only: a compiled step has one graph up to here.
+    @torch.compiler.disable
+    def contrast(
+        self,
+        maps: Mapping[str, Tensor],
+        logits: Tensor | None,
+        labels: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> ContrastOutput:
+        """As in `ContrastMethod`; logits tell which pixels are wrongly predicted.
+
+        Returns:
+            The loss `loss_contrast_<feature>`; the statistics `anchors`, `classes`, `hard_share`
+            (of the anchors), `positive_similarity` and `negative_similarity` (over all pairs,
+            whatever `pairs` chooses), all but during warm-up, and with a memory `bank_fill`.
+
+        Raises:
+            ValueError: no logits.
+        """
+        if logits is None:
+            raise ValueError("PixelContrast needs the class scores of the segmentation head.")
+        embeddings = maps[self.feature]
+        label_map = downsample_labels(labels, embeddings.shape[-2:])
+        statistics: dict[str, Tensor] = {}
+        if self.memory is not None:
+            statistics["bank_fill"] = self.memory.fill_fraction()
+        factor = self.warmup()
+        if factor > 0:
+            predictions = predicted_labels(logits, embeddings.shape[-2:])
+            (draw,) = self.sampler([label_map], [predictions], generator)
+            loss, similarities = self._loss(embeddings, draw, generator)
+            loss = self.weight * factor * loss
+            wrong = predictions.flatten(1)[draw.image, draw.pixel] != draw.labels
+            statistics["hard_share"] = wrong.float().mean()
+            statistics.update(similarities)
+        else:
+            loss = connected_zero([embeddings])
+        if self.memory is not None:
+            self.memory.enqueue(embeddings.detach(), label_map, generator)
+        return ContrastOutput(
+            {f"loss_contrast_{self.feature}": loss},
+            {f"contrast/{self.feature}/{name}": value for name, value in statistics.items()},
+        )
+
+    def _loss(
+        self, embeddings: Tensor, draw: PixelDraw, generator: torch.Generator | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The InfoNCE, unweighted, and what it is about."""
+        anchors = gather_embeddings(embeddings, draw.image, draw.pixel, distinct=True)
+        contrast = None
+        if self.memory is not None:
+            contrast = self.memory.contrast_set(self.memory_per_class, generator)
+            if self.contrast_batch:
+                contrast = LabelledSet(
+                    torch.cat([anchors, contrast.embeddings]),
+                    torch.cat([draw.labels, contrast.labels]),
+                )
+        loss = info_nce(
+            anchors,
+            draw.labels,
+            *(contrast or ()),
+            temperature=self.temperature,
+            anchors_lead_contrast=contrast is not None and self.contrast_batch,
+            class_counts=draw.class_counts,
+            products=self.products,
+            pairs=None if self.pairs is None else partial(self.pairs, generator=generator),
+        )
+        sums = contrast_sums = class_sums(anchors, draw.labels, self.sampler.num_classes)
+        if contrast is not None:
+            contrast_sums = class_sums(*contrast, self.sampler.num_classes)
+        similarity = similarity_statistics(
+            sums, contrast_sums, contrast_holds_anchors=self.contrast_batch
+        )
+        return loss, {
+            "anchors": sums.counts.sum(),
+            "classes": (sums.counts > 0).sum().to(sums.counts.dtype),
+            "positive_similarity": similarity.positive,
+            "negative_similarity": similarity.negative,
+        }
+
+
+def _check_memory(
+    memory: MemoryBank | None,
+    memory_per_class: int | None,
+    contrast_batch: bool,
+    projector: MultiScaleProjector,
+    sampler: HardAnchorSampler,
+) -> None:
+    if memory is None:
+        if memory_per_class is not None:
+            raise ValueError(f"memory_per_class={memory_per_class} goes with a memory.")
+        if not contrast_batch:
+            raise ValueError(
+                "contrast_batch=False without a memory leaves nothing to contrast with: leave it "
+                "out, or give a memory."
+            )
+        return
+    if memory_per_class is not None and memory_per_class < 1:
+        raise ValueError(f"memory_per_class={memory_per_class}: set it to 1 or more, or to None.")
+    for name, value, of, expected in (
+        ("num_classes", memory.num_classes, "sampler", sampler.num_classes),
+        ("embed_dim", memory.embed_dim, "projector", projector.embed_dim),
+    ):
+        if value != expected:
+            raise ValueError(
+                f"memory: {name}={value}, but the {of} has {expected}: set both alike."
+            )
