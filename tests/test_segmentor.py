@@ -258,7 +258,7 @@ def test_contrast_sees_all_features_and_detached_logits() -> None:
     model = build(contrast=Recorder())
     model([sample(), sample()])
     seen = model.contrast
-    assert set(seen.features) == {*NAMES, "p2", "p3", "p4", "p5"}
+    assert set(seen.features) == {*NAMES, "p2", "p3", "p4", "p5", "pre_logits"}
     assert all(x.requires_grad for x in seen.features.values())
     assert seen.logits.shape == (2, NUM_CLASSES, 16, 24) and not seen.logits.requires_grad
 

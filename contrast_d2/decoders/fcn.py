@@ -60,8 +60,8 @@ class FCNDecoder(nn.Module):
         self.predictor = nn.Conv2d(hidden, num_classes, kernel_size=1)
 
     def forward(self, features: Mapping[str, Tensor]) -> SegOutput:
-        """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w), and as feature `concat` the
-        joined map, which pixel contrast taps."""
+        """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w); as feature `concat` the joined
+        map, and as `pre_logits` the map that is classified, before dropout."""
         maps = [features[name] for name in self.in_features]
         size = maps[0].shape[-2:]
         joined = torch.cat(
@@ -69,5 +69,7 @@ class FCNDecoder(nn.Module):
             + [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in maps[1:]],
             dim=1,
         )
-        logits = self.predictor(self.dropout(self.fuse(joined)))
-        return SegOutput(logits, aux_logits=None, features={"concat": joined})
+        pre_logits = self.fuse(joined)
+        logits = self.predictor(self.dropout(pre_logits))
+        features = {"concat": joined, "pre_logits": pre_logits}
+        return SegOutput(logits, aux_logits=None, features=features)

@@ -6,8 +6,10 @@ Shape letters: B images, C channels, K classes, h w the finest feature map.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from itertools import pairwise
 
+import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import FPN, Backbone
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
@@ -62,9 +64,14 @@ class SemSegFPNDecoder(SemSegFPNHead):
         self.fpn = fpn
 
     def forward(self, features: Mapping[str, Tensor]) -> SegOutput:
-        """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w) and the pyramid's maps."""
+        """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w); the pyramid's maps, and as
+        feature `pre_logits` the map that is classified."""
         pyramid = {} if self.fpn is None else self.fpn(features)
-        return SegOutput(self.layers(pyramid or features), aux_logits=None, features=pyramid)
+        maps = pyramid or features
+        heads = zip(self.in_features, self.scale_heads, strict=True)
+        pre_logits = reduce(torch.add, (head(maps[name]) for name, head in heads))
+        logits = self.predictor(pre_logits)
+        return SegOutput(logits, aux_logits=None, features={**pyramid, "pre_logits": pre_logits})
 
 
 class _GivenFeatures(Backbone):

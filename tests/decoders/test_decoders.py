@@ -42,7 +42,7 @@ ROWS = [
             shapes, num_classes=NUM_CLASSES, fpn_channels=24, conv_dims=32
         ),
         BACKBONE,
-        {"p2": 24, "p3": 24, "p4": 24, "p5": 24},
+        {"p2": 24, "p3": 24, "p4": 24, "p5": 24, "pre_logits": 32},
     ),
     Row(
         "semfpn-on-a-pyramid",
@@ -50,10 +50,13 @@ ROWS = [
             shapes, num_classes=NUM_CLASSES, fpn_channels=None, conv_dims=32
         ),
         PYRAMID,
-        {},
+        {"pre_logits": 32},
     ),
     Row(
-        "fcn", lambda shapes: FCNDecoder(shapes, num_classes=NUM_CLASSES), BACKBONE, {"concat": 36}
+        "fcn",
+        lambda shapes: FCNDecoder(shapes, num_classes=NUM_CLASSES),
+        BACKBONE,
+        {"concat": 36, "pre_logits": 36},
     ),
 ]
 

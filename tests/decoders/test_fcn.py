@@ -25,6 +25,7 @@ def test_equals_the_papers_head_written_out() -> None:
         [fine, F.interpolate(coarse, size=(16, 21), mode="bilinear", align_corners=False)], dim=1
     )
     assert torch.equal(output.features["concat"], joined)
+    assert torch.equal(output.logits, decoder.predictor(output.features["pre_logits"]))
     hidden = torch.einsum("oc,bchw->bohw", decoder.fuse.weight[:, :, 0, 0], joined)
     hidden = (hidden - norm.running_mean[:, None, None]) / torch.sqrt(
         norm.running_var[:, None, None] + norm.eps

@@ -31,6 +31,7 @@ def test_logits_are_those_of_detectron2() -> None:
         expected = fpn(images)
         output = decoder(resnet(images))
         assert torch.equal(output.logits, head.layers(expected))
+        assert torch.equal(output.logits, head.predictor(output.features.pop("pre_logits")))
     assert output.features.keys() == expected.keys() == {"p2", "p3", "p4", "p5"}
     assert all(torch.equal(output.features[name], expected[name]) for name in expected)
 
@@ -40,7 +41,7 @@ def test_a_pyramid_without_stride_4_still_gives_stride_4() -> None:
     features = {n: torch.randn(1, 8, 64 // s.stride, 64 // s.stride) for n, s in shapes.items()}
     output = SemSegFPNDecoder(shapes, num_classes=3, fpn_channels=16, conv_dims=32)(features)
     assert output.logits.shape == (1, 3, 16, 16)
-    assert list(output.features) == ["p3", "p4", "p5"]
+    assert list(output.features) == ["p3", "p4", "p5", "pre_logits"]
 
 
 @pytest.mark.parametrize("strides", [(4, 8, 8, 8), (4, 16), ()])

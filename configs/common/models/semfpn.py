@@ -14,6 +14,8 @@ model = L(ContrastiveSegmentor)(
             name="${model.backbone.name}", output_stride="${model.backbone.output_stride}"
         ),
         num_classes="${dataset.num_classes}",
+        fpn_channels=256,
+        conv_dims=128,
     ),
     # ImageNet's, in RGB and 0..255, as timm's weights were trained with
     pixel_mean=[123.675, 116.28, 103.53],
