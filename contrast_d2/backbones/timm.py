@@ -122,6 +122,17 @@ def feature_channels(
     return {feature: shape.channels for feature, shape in shapes.items()}
 
 
+def joined_channels(
+    name: str,
+    *,
+    out_features: Sequence[str] = _DEFAULT_FEATURES,
+    output_stride: int | None = None,
+) -> int:
+    """Channels of all maps of `TimmBackbone` together, as of HRNetV2's joined map."""
+    channels = feature_channels(name, out_features=out_features, output_stride=output_stride)
+    return sum(channels.values())
+
+
 @lru_cache(maxsize=64)
 def _all_shapes(name: str, output_stride: int | None) -> dict[str, ShapeSpec]:
     """All maps of a model, from fine to coarse, the deepest named res5."""

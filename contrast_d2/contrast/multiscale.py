@@ -1,24 +1,32 @@
 """Multi- and cross-scale contrast (Pissas et al., ECCV 2022).
 
 Shape letters: B images, C feature channels, K classes, H W the labels' size, h w a feature map,
-A anchors of one scale, D embedding width.
+A anchors of one scale, C contrast samples, D embedding width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .boundary import BoundaryNegatives
 from .distributed import gather_set, sum_over_processes, world_size
 from .gather import gather_pixels, unit_vectors
 from .info_nce import PRODUCTS, Products, info_nce
 from .method import ContrastMethod
 from .output import ContrastOutput
+from .pairs import RolePairs
 from .projector import MultiScaleProjector
-from .sampling import BalancedSampler, PixelDraw, downsample_labels
+from .sampling import (
+    BalancedSampler,
+    PixelDraw,
+    downsample_labels,
+    joined_draws,
+    predicted_labels,
+)
 from .statistics import ClassSums, class_sums, similarity_statistics, stack_class_sums
 
 Projection = Literal["dense", "sampled"]
@@ -39,6 +47,23 @@ class Anchors(NamedTuple):
     class_counts: tuple[int, ...] | None
 
 
+class _ContrastSet(NamedTuple):
+    """What the anchors of a scale are contrasted with.
+
+    Attributes:
+        embeddings: (C, D) fp32 unit vectors.
+        labels: (C,) int64 classes; -1 for padding.
+        class_counts: as in `Anchors`; None where they are not known or not in order.
+        num_positives: the first so many samples are anchors and serve as positives only, all others
+            are negatives only; None where every sample is an anchor and serves as both.
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+    class_counts: tuple[int, ...] | None
+    num_positives: int | None
+
+
 class _Term(NamedTuple):
     """One term of the loss: anchors of `anchors` against those of `contrast` (None: themselves)."""
 
@@ -56,8 +81,9 @@ class MultiScaleContrast(ContrastMethod):
 
         L = weight * sum_s w_s L_c(A_s) + cross_weight * sum_(s,s') w_ss' L_c(A_s, A_s')
 
-    with L_c the supervised InfoNCE of `info_nce`. Used in training only. Labels decide everything:
-    predictions play no part.
+    with L_c the supervised InfoNCE of `info_nce`. Used in training only. Labels decide everything,
+    unless `negatives` are given: then the negatives of an anchor are not the anchors of other
+    classes but wrongly predicted pixels of other classes, drawn from the same map as its positives.
 
     Budgets and means are those of one process, as in the release, unless `across_processes` is set
     here and in the sampler: then the anchors of all processes are contrasted with each other, and
@@ -96,6 +122,7 @@ class MultiScaleContrast(ContrastMethod):
         projection: "dense" projects the maps, "sampled" the drawn pixels.
         norm_statistics: "map" or "draw", for sampled projection with batch norms; else None.
         products: precision of the InfoNCE's products, as in `info_nce`: "fp32" or "bf16".
+        negatives: draws the negatives; None for the anchors of other classes, as in the paper.
 
     Raises:
         ValueError: nothing to contrast, a negative weight, a temperature that is not above 0, a map
@@ -124,6 +151,7 @@ class MultiScaleContrast(ContrastMethod):
         projection: Projection = "dense",
         norm_statistics: NormStatistics | None = None,
         products: Products = "fp32",
+        negatives: BoundaryNegatives | None = None,
     ) -> None:
         super().__init__(projector)
         cross_temperature = temperature if cross_temperature is None else cross_temperature
@@ -157,6 +185,7 @@ class MultiScaleContrast(ContrastMethod):
         self.projection = projection
         self.norm_statistics = norm_statistics
         self.products = products
+        self.negatives = negatives
 
     @property
     def contrasts_projections(self) -> bool:
@@ -171,38 +200,49 @@ class MultiScaleContrast(ContrastMethod):
         labels: Tensor,
         generator: torch.Generator | None = None,
     ) -> ContrastOutput:
-        """As in `ContrastMethod`; logits play no part.
+        """As in `ContrastMethod`; logits are needed where `negatives` are drawn.
 
         Returns:
             Losses `loss_contrast_<s>` and `loss_contrast_<s>_<s'>`; the statistics `anchors`,
-            `classes`, `positive_similarity` and `negative_similarity` of each term.
+            `classes`, `positive_similarity` and `negative_similarity` of each term, and with
+            `negatives` their number.
         """
         label_maps = [downsample_labels(labels, x.shape[-2:]) for x in maps.values()]
         draws = self.sampler(label_maps, generator)
-        anchors = {
-            name: Anchors(self._embed(name, maps[name], draw), draw.labels, draw.class_counts)
-            for name, draw in zip(maps, draws, strict=True)
-        }
-        contrast_sets = anchors
+        negative_draws: list[PixelDraw] | list[None] = [None] * len(draws)
+        if self.negatives is not None:
+            negative_draws = _draw_negatives(self.negatives, label_maps, logits, generator)
+        anchors: dict[str, Anchors] = {}
+        negatives: dict[str, Anchors] = {}
+        for name, draw, negative_draw in zip(maps, draws, negative_draws, strict=True):
+            rows = self._embed(name, maps[name], joined_draws(draw, negative_draw))
+            if negative_draw is not None:
+                rows, negative_rows = rows.split([len(draw.labels), len(negative_draw.labels)])
+                negatives[name] = Anchors(negative_rows, negative_draw.labels, None)
+            anchors[name] = Anchors(rows, draw.labels, draw.class_counts)
+        sums = contrast_sums = negative_sums = self._class_sums(anchors)
         if self.across_processes and world_size() > 1:
-            contrast_sets = {
-                name: Anchors(*gather_set(a.embeddings, a.labels), class_counts=None)
-                for name, a in anchors.items()
-            }
-        sums = contrast_sums = self._class_sums(anchors)
-        if contrast_sets is not anchors:
-            contrast_sums = self._class_sums(contrast_sets)
+            everyones = {name: _gathered(part) for name, part in anchors.items()}
+            contrast_sums = negative_sums = self._class_sums(everyones)
+            negatives = {name: _gathered(part) for name, part in negatives.items()}
+        else:
+            everyones = anchors
+        if self.negatives is not None:
+            negative_sums = self._class_sums(negatives)
+        contrast_sets = {
+            name: _contrast_set(part, negatives.get(name)) for name, part in everyones.items()
+        }
         losses: dict[str, Tensor] = {}
         for term in self.terms:
             source = anchors[term.anchors]
             target = contrast_sets[term.contrast or term.anchors]
             loss = self._term_loss(term, source, target)
             losses[f"loss_contrast_{term.name}"] = term.weight * loss
-        return ContrastOutput(losses, self._statistics(sums, contrast_sums))
+        return ContrastOutput(losses, self._statistics(sums, contrast_sums, negative_sums))
 
     def _embed(self, name: str, pixels: Tensor, draw: PixelDraw) -> Tensor:
         """Unit vectors (A, D) of drawn pixels, from a map of embeddings or of features."""
-        # Only the padding of a draw of fixed size can name a pixel twice.
+        # The padding of a draw of fixed size can name a pixel twice, and so can two draws.
         distinct = draw.class_counts is not None
         rows = gather_pixels(pixels, draw.image, draw.pixel, distinct=distinct)
         if self.projection == "sampled":
@@ -211,10 +251,10 @@ class MultiScaleContrast(ContrastMethod):
             rows = head.project_rows(rows, draw.labels >= 0, statistics)
         return unit_vectors(rows)
 
-    def _term_loss(self, term: _Term, source: Anchors, target: Anchors) -> Tensor:
+    def _term_loss(self, term: _Term, source: Anchors, target: _ContrastSet) -> Tensor:
         """L_c of one term, unweighted."""
-        contrast_set = {}
-        if target is not source:
+        contrast_set: dict[str, Any] = {}
+        if target.embeddings is not source.embeddings:
             contrast_set = {
                 "contrast": target.embeddings,
                 "contrast_labels": target.labels,
@@ -223,6 +263,10 @@ class MultiScaleContrast(ContrastMethod):
             }
         if term.contrast is not None and self.detach_contrast:
             contrast_set["contrast"] = target.embeddings.detach()
+        if target.num_positives is not None:
+            is_anchor = torch.arange(len(target.labels), device=target.labels.device)
+            is_anchor = is_anchor < target.num_positives
+            contrast_set["pairs"] = RolePairs(positives=is_anchor, negatives=~is_anchor)
         loss = info_nce(
             source.embeddings,
             source.labels,
@@ -241,12 +285,13 @@ class MultiScaleContrast(ContrastMethod):
             loss = loss * count * world_size() / sum_over_processes(count).clamp(min=1)
         return loss
 
-    def _num_averaged(self, term: _Term, source: Anchors, target: Anchors) -> Tensor:
+    def _num_averaged(self, term: _Term, source: Anchors, target: _ContrastSet) -> Tensor:
         """How many anchors the mean of a term runs over, 0-dim."""
         if self.count_empty_anchors:
             return target.embeddings.new_full((), len(source.labels))
         population = torch.zeros(self.sampler.num_classes, device=source.labels.device)
-        population.index_add_(0, target.labels, torch.ones_like(target.labels, dtype=torch.float))
+        positives = target.labels[: target.num_positives]
+        population.index_add_(0, positives, torch.ones_like(positives, dtype=torch.float))
         needed = 2 if term.contrast is None else 1
         return (population[source.labels] >= needed).sum().to(target.embeddings.dtype)
 
@@ -256,9 +301,17 @@ class MultiScaleContrast(ContrastMethod):
         return {name: class_sums(x.embeddings, x.labels, classes) for name, x in sets.items()}
 
     def _statistics(
-        self, anchors: Mapping[str, ClassSums], contrast: Mapping[str, ClassSums]
+        self,
+        anchors: Mapping[str, ClassSums],
+        contrast: Mapping[str, ClassSums],
+        negatives: Mapping[str, ClassSums],
     ) -> dict[str, Tensor]:
-        """Those of all terms within scales at once, and of all across."""
+        """Those of all terms within scales at once, and of all across.
+
+        Args:
+            anchors, contrast, negatives: sums by scale, `negatives` being those of the contrast set
+                where no others are drawn.
+        """
         statistics: dict[str, Tensor] = {}
         for within in (True, False):
             terms = [term for term in self.terms if (term.contrast is None) == within]
@@ -273,10 +326,43 @@ class MultiScaleContrast(ContrastMethod):
                 "positive_similarity": similarity.positive,
                 "negative_similarity": similarity.negative,
             }
+            if self.negatives is not None:
+                drawn = stack_class_sums([negatives[t.contrast or t.anchors] for t in terms])
+                similarity = similarity_statistics(sources, drawn)
+                quantities["negative_similarity"] = similarity.negative
+                quantities["negatives"] = drawn.counts.sum(dim=1)
             for number, term in enumerate(terms):
                 for quantity, values in quantities.items():
                     statistics[f"contrast/{term.name}/{quantity}"] = values[number]
         return statistics
+
+
+def _draw_negatives(
+    sampler: BoundaryNegatives,
+    label_maps: Sequence[Tensor],
+    logits: Tensor | None,
+    generator: torch.Generator | None,
+) -> list[PixelDraw]:
+    if logits is None:
+        raise ValueError("boundary-aware negatives need the class scores of the segmentation head.")
+    predictions = [predicted_labels(logits, tuple(x.shape[-2:])) for x in label_maps]
+    return sampler(label_maps, predictions, generator)
+
+
+def _gathered(part: Anchors) -> Anchors:
+    """Those of all processes, this one's first."""
+    return Anchors(*gather_set(part.embeddings, part.labels), class_counts=None)
+
+
+def _contrast_set(anchors: Anchors, negatives: Anchors | None) -> _ContrastSet:
+    if negatives is None:
+        return _ContrastSet(*anchors, num_positives=None)
+    return _ContrastSet(
+        torch.cat([anchors.embeddings, negatives.embeddings]),
+        torch.cat([anchors.labels, negatives.labels]),
+        class_counts=None,
+        num_positives=len(anchors.labels),
+    )
 
 
 def _check_projection(

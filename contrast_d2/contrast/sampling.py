@@ -41,6 +41,14 @@ class PixelDraw(NamedTuple):
     class_counts: tuple[int, ...] | None
 
 
+def joined_draws(first: PixelDraw, second: PixelDraw | None) -> PixelDraw:
+    """The pixels of two draws from one map, one after the other; the first where there is one."""
+    if second is None:
+        return first
+    parts = zip(first[:3], second[:3], strict=True)
+    return PixelDraw(*(torch.cat(pair) for pair in parts), class_counts=None)
+
+
 def downsample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     """Nearest-neighbour down-sampling of a label map to the size of a feature map.
 

@@ -60,8 +60,8 @@ class FCNDecoder(nn.Module):
         self.predictor = nn.Conv2d(hidden, num_classes, kernel_size=1)
 
     def forward(self, features: Mapping[str, Tensor]) -> SegOutput:
-        """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w); as feature `concat` the joined
-        map, and as `pre_logits` the map that is classified, before dropout."""
+        """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w); the joined map as feature
+        `concat`, and what is classified, before dropout, as `pre_logits`."""
         maps = [features[name] for name in self.in_features]
         size = maps[0].shape[-2:]
         joined = torch.cat(

@@ -58,6 +58,35 @@ def cross_loss(
     return _mean(means, anchors, count_empty)
 
 
+def two_role_loss(
+    anchors: Tensor,
+    labels: list[int],
+    positives: Tensor,
+    negatives: Tensor,
+    positive_labels: list[int],
+    negative_labels: list[int],
+    temperature: float,
+    count_empty: bool = False,
+    *,
+    among_themselves: bool,
+) -> Tensor:
+    """Anchors against positives and negatives of two sets.
+
+    With `among_themselves` the positives are the anchors, and no anchor is its own.
+    """
+    samples = torch.cat([positives, negatives])
+    means = []
+    for i, label in enumerate(labels):
+        same = [
+            j
+            for j, other in enumerate(positive_labels)
+            if other == label and not (among_themselves and j == i)
+        ]
+        others = [negatives[n] for n, other in enumerate(negative_labels) if other != label]
+        means.append(_anchor_mean(anchors, i, samples, same, others, temperature))
+    return _mean(means, anchors, count_empty)
+
+
 def _anchor_mean(anchors, i, contrast, positives, negatives, temperature) -> Tensor | None:
     if not positives:
         return None

@@ -8,7 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from contrast_d2.contrast import BalancedSampler, MultiScaleContrast, MultiScaleProjector
+from contrast_d2.contrast import (
+    BalancedSampler,
+    BoundaryNegatives,
+    MultiScaleContrast,
+    MultiScaleProjector,
+)
 
 from ..helpers import run_processes
 from .test_sampling import count_draw
@@ -23,6 +28,8 @@ OPTIONS = {
     "counting empty anchors": {"count_empty_anchors": True},
     "symmetric": {"symmetric": True, "cross_temperature": 0.3},
     "detached": {"detach_contrast": True},
+    # All wrong pixels, so that chance plays no part.
+    "negatives": {"negatives": BoundaryNegatives(5, fraction=1.0, max_negatives=10**6)},
 }
 CASES = [
     ("even", "none", "default"),
@@ -30,7 +37,9 @@ CASES = [
     ("uneven", "none", "counting empty anchors"),
     ("uneven", "none", "symmetric"),
     ("uneven", "none", "detached"),
+    ("uneven", "none", "negatives"),
     ("even", "first rank", "default"),
+    ("even", "first rank", "negatives"),
     ("even", "second rank", "counting empty anchors"),
     ("even", "second rank", "detached"),
     ("even", "all", "default"),
@@ -56,7 +65,8 @@ def build(options: str) -> MultiScaleContrast:
     ).double()
 
 
-def make_batch(blank: str) -> tuple[dict[str, Tensor], Tensor]:
+def make_batch(blank: str) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """Features, class scores and labels."""
     torch.manual_seed(1)
     features = {
         name: torch.randn(4, c, SIZES[name], SIZES[name], dtype=torch.float64, requires_grad=True)
@@ -66,7 +76,7 @@ def make_batch(blank: str) -> tuple[dict[str, Tensor], Tensor]:
     labels[:, :4] = 255
     labels[0, 4, 0] = 4  # class 4: one anchor at two scales, whose positives only exist across them
     labels[BLANK[blank]] = 255
-    return features, labels
+    return features, torch.randn(4, 5, 8, 8), labels
 
 
 def own_images(split: str) -> slice:
@@ -74,8 +84,8 @@ def own_images(split: str) -> slice:
     return slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
 
-def run(contrast: torch.nn.Module, features: dict, labels: Tensor) -> dict:
-    output = contrast(features, None, labels)
+def run(contrast: torch.nn.Module, features: dict, logits: Tensor, labels: Tensor) -> dict:
+    output = contrast(features, logits, labels)
     sum(output.losses.values()).backward()
     return {
         "losses": {name: loss.detach() for name, loss in output.losses.items()},
@@ -88,12 +98,12 @@ def run_rank() -> dict:
     """All cases in one pair of processes, since starting them takes the longest."""
     results = {}
     for split, blank, options in CASES:
-        features, labels = make_batch(blank)
+        features, logits, labels = make_batch(blank)
         images = own_images(split)
         own = {name: f.detach()[images].clone().requires_grad_() for name, f in features.items()}
         contrast = DistributedDataParallel(build(options))
-        results[split, blank, options] = run(contrast, own, labels[images])
-    _, labels = make_batch("none")
+        results[split, blank, options] = run(contrast, own, logits[images], labels[images])
+    _, _, labels = make_batch("none")
     for index, budgets in enumerate(BUDGETS):
         sampler = BalancedSampler(5, across_processes=True, **budgets)
         results[index] = [
@@ -113,8 +123,7 @@ def ranks() -> list[dict]:
 @pytest.mark.parametrize("case", CASES, ids=" - ".join)
 def test_loss_and_gradients_are_those_of_one_process(ranks: list[dict], case: tuple) -> None:
     _, blank, options = case
-    features, labels = make_batch(blank)
-    one = run(build(options), features, labels)
+    one = run(build(options), *make_batch(blank))
     two = [rank[case] for rank in ranks]
     exact = {"rtol": 1e-9, "atol": 1e-13}
     for name, loss in one["losses"].items():
@@ -135,7 +144,7 @@ def test_loss_and_gradients_are_those_of_one_process(ranks: list[dict], case: tu
 
 @pytest.mark.parametrize("index", range(len(BUDGETS)))
 def test_draws_share_the_global_budget(ranks: list[dict], index: int) -> None:
-    _, labels = make_batch("none")
+    _, _, labels = make_batch("none")
     one = BalancedSampler(5, across_processes=True, **BUDGETS[index])([labels, labels[:, ::2]])
     first_image = SPLITS["uneven"][0]
     for draw, first, second in zip(one, ranks[0][index], ranks[1][index], strict=True):

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from contrast_d2.contrast import (
     BalancedSampler,
+    BoundaryNegatives,
     MultiScaleContrast,
     MultiScaleProjector,
     downsample_labels,
     gather_embeddings,
+    predicted_labels,
 )
 
 from ..helpers import HostWaits
@@ -172,6 +174,89 @@ def test_symmetric_takes_half_of_each_direction() -> None:
     for first, second in [("res2", "res5"), ("res5", "res2"), ("res2", "res4"), ("res4", "res2")]:
         expected = 0.15 * references.cross_loss(*anchors[first], *anchors[second], 0.2)
         torch.testing.assert_close(losses[f"loss_contrast_{first}_{second}"], expected)
+
+
+@pytest.mark.parametrize("count_empty", [False, True])
+def test_drawn_negatives_take_the_place_of_other_classes(count_empty: bool) -> None:
+    features, labels = random_batch()
+    features, logits = double(features), torch.randn(2, NUM_CLASSES, 24, 24)
+    negatives = BoundaryNegatives(NUM_CLASSES, max_negatives=30)
+    contrast = build(negatives=negatives, count_empty_anchors=count_empty).double()
+    output = contrast(features, logits, labels, torch.Generator().manual_seed(1))
+
+    generator = torch.Generator().manual_seed(1)
+    label_maps = [downsample_labels(labels, features[name].shape[-2:]) for name in CHANNELS]
+    predictions = [predicted_labels(logits, tuple(x.shape[-2:])) for x in label_maps]
+    draws = contrast.sampler(label_maps, generator)
+    negative_draws = negatives(label_maps, predictions, generator)
+    assert 0 < min(len(d.labels) for d in negative_draws) < 30
+    maps = contrast.projector(features)
+    embeddings = {
+        name: [gather_embeddings(maps[name], d.image, d.pixel) for d in pair]
+        for name, pair in zip(CHANNELS, zip(draws, negative_draws, strict=True), strict=True)
+    }
+    classes = {
+        name: [d.labels.tolist() for d in pair]
+        for name, pair in zip(CHANNELS, zip(draws, negative_draws, strict=True), strict=True)
+    }
+    expected = {}
+    for term in contrast.terms:
+        source, target = term.anchors, term.contrast or term.anchors
+        loss = references.two_role_loss(
+            embeddings[source][0],
+            classes[source][0],
+            *embeddings[target],
+            *classes[target],
+            term.temperature,
+            count_empty,
+            among_themselves=term.contrast is None,
+        )
+        expected[f"loss_contrast_{term.name}"] = term.weight * loss
+    torch.testing.assert_close(output.losses, expected, rtol=1e-9, atol=1e-12)
+    inputs = [*features.values(), *contrast.parameters()]
+    actual = torch.autograd.grad(sum(output.losses.values()), inputs, retain_graph=True)
+    wanted = torch.autograd.grad(sum(expected.values()), inputs)
+    torch.testing.assert_close(actual, wanted, rtol=1e-7, atol=1e-12)
+
+    units, labels_N = embeddings["res5"][1].detach(), torch.tensor(classes["res5"][1])
+    anchors, labels_A = embeddings["res2"][0].detach(), torch.tensor(classes["res2"][0])
+    different = labels_A[:, None] != labels_N
+    statistics = {
+        name.rpartition("/")[2]: x for name, x in output.statistics.items() if "res2_res5" in name
+    }
+    assert statistics["negatives"] == len(labels_N)
+    torch.testing.assert_close(
+        statistics["negative_similarity"], (anchors @ units.T)[different].mean()
+    )
+
+
+def test_without_wrong_pixels_nothing_repels() -> None:
+    features, labels = random_batch()
+    # Right at every pixel of every map: maps of strides that divide see the same labels.
+    logits = torch.nn.functional.one_hot(labels[:, ::4, ::4] % 255, NUM_CLASSES).movedim(-1, 1)
+    contrast = build(
+        negatives=BoundaryNegatives(NUM_CLASSES), scale_weights={"res2": 1.0}, cross_scale=()
+    )
+    output = contrast(features, logits.float(), labels)
+    assert output.losses["loss_contrast_res2"] == 0
+    found = gradients(output.losses["loss_contrast_res2"], contrast)
+    assert all((grad == 0).all() for grad in found.values())
+
+
+@pytest.mark.parametrize("projection", PROJECTIONS)
+def test_drawn_negatives_with_all_projections(projection: str) -> None:
+    features, labels = random_batch()
+    contrast = build(negatives=BoundaryNegatives(NUM_CLASSES), **PROJECTIONS[projection])
+    losses = contrast(features, torch.randn(2, NUM_CLASSES, 24, 24), labels).losses
+    assert all(loss > 0 and loss.isfinite() for loss in losses.values())
+    found = gradients(sum(losses.values()), contrast)
+    assert all(grad is not None and grad.isfinite().all() for grad in found.values())
+
+
+def test_drawn_negatives_need_predictions() -> None:
+    features, labels = random_batch()
+    with pytest.raises(ValueError, match="need the class scores"):
+        build(negatives=BoundaryNegatives(NUM_CLASSES))(features, None, labels)
 
 
 @pytest.mark.parametrize("detach", [False, True])
