@@ -1,5 +1,6 @@
 """Contrast methods as plain PyTorch modules: feature maps and labels in, named losses out."""
 
+from .composition import ContrastSum
 from .gather import gather_embeddings, gather_pixels
 from .hard_sampling import HardAnchorSampler
 from .info_nce import info_nce
@@ -20,6 +21,7 @@ __all__ = [
     "ClassSums",
     "ContrastMethod",
     "ContrastOutput",
+    "ContrastSum",
     "HardAnchorSampler",
     "MemoryBank",
     "MultiScaleContrast",
