@@ -107,9 +107,10 @@ class MemoryBank(nn.Module):
         self.pixels_per_class = pixels_per_class
         self.pixels_per_image = pixels_per_image
         sizes = torch.tensor([[regions_per_class], [pixels_per_class]]).repeat(1, num_classes)
+        num_slots = num_classes * (regions_per_class + pixels_per_class)
         for name, buffer, is_state in (
             # All region rings, class by class, then all pixel rings.
-            ("keys", torch.zeros(int(sizes.sum()), embed_dim, dtype=_DTYPES[dtype]), True),
+            ("keys", torch.zeros(num_slots, embed_dim, dtype=_DTYPES[dtype]), True),
             # (2, K): of regions, of pixels. The slot that is written next, and how many are filled:
             # those before the pointer, in the end all.
             ("pointers", torch.zeros_like(sizes), True),
@@ -154,7 +155,7 @@ class MemoryBank(nn.Module):
     ) -> None:
         """Stores keys of a batch; the oldest ones make room. No device is waited for.
 
-        Keys that are not finite are not stored.
+        Keys that are not finite are not stored, nor are other regions of their image.
 
         With several processes every one has to call it; only then the host waits, for the number
         of keys of the others.
