@@ -1,6 +1,8 @@
 """Contrast methods as plain PyTorch modules: feature maps and labels in, named losses out."""
 
+from .boundary import BoundaryNegatives, boundary_negatives, squared_distance_to_other
 from .composition import ContrastSum
+from .contextual import Contextrast
 from .gather import gather_embeddings, gather_pixels
 from .hard_sampling import HardAnchorSampler
 from .info_nce import info_nce
@@ -18,7 +20,9 @@ from .statistics import ClassSums, SimilarityStatistics, class_sums, similarity_
 __all__ = [
     "PNE",
     "BalancedSampler",
+    "BoundaryNegatives",
     "ClassSums",
+    "Contextrast",
     "ContrastMethod",
     "ContrastOutput",
     "ContrastSum",
@@ -33,6 +37,7 @@ __all__ = [
     "SemiHardPairs",
     "SimilarityStatistics",
     "Warmup",
+    "boundary_negatives",
     "class_sums",
     "downsample_labels",
     "gather_embeddings",
@@ -40,4 +45,5 @@ __all__ = [
     "info_nce",
     "predicted_labels",
     "similarity_statistics",
+    "squared_distance_to_other",
 ]

@@ -1,0 +1,139 @@
+"""Class means as anchors, and the loss of pixels against them.
+
+Shape letters: I layers, B images, K classes, D embedding width, H W the labels' size, h w a feature
+map, P its pixels, W processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from .distributed import gather_rows, world_size
+from .sampling import downsample_labels
+
+
+class LayerPixels(NamedTuple):
+    """The pixels of one layer.
+
+    Attributes:
+        vectors: (B, D, P) fp32 (fp64 for fp64 maps), not normalised: where unit vectors are meant,
+            columns of products are multiplied by `inverse_lengths`, which spares a copy of the map.
+        inverse_lengths: (B, P).
+        of_class: (B, K, P) bool, whether the pixel's label is the class; nowhere for ignored ones.
+        label_map: (B, h, w).
+    """
+
+    vectors: Tensor
+    inverse_lengths: Tensor
+    of_class: Tensor
+    label_map: Tensor
+
+
+class ClassMeans(NamedTuple):
+    """Class means of unit embeddings at all layers, over the batch.
+
+    Attributes:
+        means: (I, K, D); zero where there is no pixel.
+        counts: (I, K) number of pixels, as floats.
+        exists: (I, K) bool, whether the layer has enough pixels of the class.
+    """
+
+    means: Tensor
+    counts: Tensor
+    exists: Tensor
+
+
+def layer_pixels(embeddings: Tensor, labels: Tensor, num_classes: int) -> LayerPixels:
+    """Brings embeddings and labels together.
+
+    Args:
+        embeddings: (B, D, h, w), not normalised.
+        labels: (B, H, W) integers at full resolution; others than 0..K-1 are ignored.
+        num_classes: K.
+    """
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    vectors = embeddings.flatten(2).to(dtype)
+    # Three times as fast as vector_norm across planes, on a CPU. Vectors below 1e-12 stay short.
+    inverse_lengths = vectors.square().sum(dim=1).clamp(min=1e-24).rsqrt()
+    label_map = downsample_labels(labels, embeddings.shape[-2:])
+    classes = torch.arange(num_classes, device=labels.device)[:, None]
+    return LayerPixels(
+        vectors, inverse_lengths, label_map.flatten(1)[:, None] == classes, label_map
+    )
+
+
+def class_means(
+    layers: Sequence[LayerPixels], *, min_pixels: int = 1, across_processes: bool = False
+) -> ClassMeans:
+    """Means of the unit embeddings of each class.
+
+    Args:
+        layers: I layers of the same images.
+        min_pixels: least pixels with which a class exists at a layer.
+        across_processes: over the images of all processes; gradients flow back to each. Every
+            process has to call it, and to run its backward pass.
+    """
+    sums, counts = [], []
+    for pixels in layers:
+        weights_BKP = pixels.of_class * pixels.inverse_lengths[:, None]
+        sums.append((weights_BKP @ pixels.vectors.mT).sum(dim=0))
+        counts.append(pixels.of_class.sum(dim=(0, 2)))
+    sums_IKD = torch.stack(sums)
+    counts_IK = torch.stack(counts).to(sums_IKD.dtype)
+    if across_processes and world_size() > 1:
+        both = of_all_processes(torch.cat([sums_IKD, counts_IK[..., None]], dim=-1)).sum(dim=0)
+        sums_IKD, counts_IK = both[..., :-1], both[..., -1].detach()
+    means_IKD = sums_IKD / counts_IK.clamp(min=1)[..., None]
+    return ClassMeans(means_IKD, counts_IK, counts_IK >= min_pixels)
+
+
+def prioritised_anchors(anchors_IKD: Tensor, exists_IK: Tensor) -> tuple[Tensor, Tensor]:
+    """The anchor of each class at the deepest layer where it exists, (K, D); and whether it does.
+
+    At that layer no anchor is mixed: it is the deepest of all, or the class has vanished there.
+    """
+    depth = torch.arange(1, len(anchors_IKD) + 1, device=anchors_IKD.device)[:, None]
+    deepest_K = (exists_IK * depth).amax(dim=0)
+    layer = (deepest_K - 1).clamp(min=0)[None, :, None].expand(1, -1, anchors_IKD.shape[2])
+    return anchors_IKD.gather(0, layer)[0], deepest_K > 0
+
+
+def pixel_anchor_loss(
+    logits: Tensor, of_class: Tensor, log_negatives: Tensor, weights: Tensor
+) -> Tensor:
+    """Contrasts pixels with the anchor of their class.
+
+        sum_n weights_n sum_{p of class n} softplus( log_negatives_n - logits_np )
+
+    which with log_negatives_n = logsumexp over the negatives of class n and weights_n = 1 / (number
+    of classes * number of pixels of class n) is the mean over classes of the InfoNCE whose anchor
+    is the class, with one positive in each denominator. A class without negatives gives 0.
+
+    Args:
+        logits: (B, K, P) similarities of anchors and pixels, over the temperature.
+        of_class: (B, K, P) bool, at most one class for each pixel.
+        log_negatives: (K,).
+        weights: (K,).
+
+    Reference: Sung et al., CVPR 2024; in "Contextrast++", arXiv 2608.22679, equations (5), (6).
+    """
+    # Sums with one term each: cheaper to differentiate than an index.
+    gap_BP = torch.where(of_class, log_negatives[:, None] - logits, 0).sum(dim=1)
+    weight_BP = torch.where(of_class, weights[:, None], 0).sum(dim=1)
+    # The threshold is where softplus(x) = x to the last bit of float64 as well.
+    return (F.softplus(gap_BP, threshold=40) * weight_BP).sum()
+
+
+def of_all_processes(values: Tensor) -> Tensor:
+    """(W, ...) values of all processes in the order of ranks; gradients flow back to them."""
+    parts = gather_rows(values.reshape(1, -1), [1] * world_size())
+    rank = dist.get_rank()
+    # From own values first to one order for all, so that sums are equal to the last bit.
+    parts = torch.cat([parts[1 : rank + 1], parts[:1], parts[rank + 1 :]])
+    return parts.view(-1, *values.shape)
