@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import itertools
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from contrast_d2.contrast import MultiScaleContrast
+from contrast_d2.contrast import ContrastMethod, ContrastSum, MultiScaleContrast
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
@@ -29,7 +28,23 @@ ARCHITECTURES = [
     "configs/camvid/semfpn_r18_ms_cs_6k.py",
     "configs/camvid/fcn_hrnet18_ms_cs_6k.py",
     "configs/camvid/semfpn_swin_tiny_ms_cs_6k.py",
+    "configs/cityscapes/fcn_hrnet48_ms_cs_40k.py",
 ]
+# Terms of each other method's loss.
+TERMS = {
+    "contextrast": ["res2", "res3", "res4", "res5"],
+    "ms_cs_boundary": ["res2", "res3", "res4", "res5", "res2_res5", "res2_res4"],
+    "ms_cs_contextrast": [
+        *("ms_cs_res2", "ms_cs_res3", "ms_cs_res4", "ms_cs_res5"),
+        *("ms_cs_res2_res5", "ms_cs_res2_res4"),
+        *("contextrast_res2", "contextrast_res3", "contextrast_res4", "contextrast_res5"),
+    ],
+    "pixel": ["p2"],
+    "pixel_boundary": ["p2"],
+    "pixel_memory": ["p2"],
+    "pixel_release": ["p2"],
+    "pne": ["pre_logits"],
+}
 
 
 def load(path: Path | str, *overrides: str) -> DictConfig:
@@ -72,7 +87,7 @@ def test_instantiates_on_the_cpu(path: Path) -> None:
     model = instantiate(cfg.model)
     parameters = dict(model.named_parameters())
     assert {p.device.type for p in parameters.values()} == {"cpu"}
-    assert isinstance(model.contrast, MultiScaleContrast) == (path in METHODS)
+    assert (model.contrast is not None) == (path in METHODS)
 
     cfg.optimizer.params.model = model
     optimizer = instantiate(cfg.optimizer)
@@ -101,6 +116,13 @@ def test_swin_norms_are_not_decayed() -> None:
     assert {decay[id(m.weight)] for m in model.modules() if isinstance(m, nn.Conv2d)} == {0.01}
 
 
+def methods_of(model: nn.Module) -> list[ContrastMethod]:
+    """The contrast methods of a model."""
+    if isinstance(model.contrast, ContrastSum):
+        return list(model.contrast.methods.values())
+    return [] if model.contrast is None else [model.contrast]
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_decoder_projector_and_losses_fit(path: Path) -> None:
     cfg = load(path)
@@ -108,17 +130,19 @@ def test_decoder_projector_and_losses_fit(path: Path) -> None:
     classes, ignored = cfg.dataset.num_classes, cfg.dataset.ignore_label
     assert model.sem_seg_head.predictor.weight.shape[0] == classes
     assert model.ignore_label == model.seg_loss.main.ignore_label == ignored
-    if model.contrast is not None:
-        assert model.contrast.sampler.num_classes == classes
-        channels = {n: s.channels for n, s in model.backbone.output_shape().items()}
-        heads = {n: head[0].weight.shape[1] for n, head in model.contrast.projector.heads.items()}
-        assert heads == channels
+    maps = model.backbone(torch.zeros(1, 3, 64, 96, device="meta"))
+    maps.update(model.sem_seg_head(maps).features)
+    for method in methods_of(model):
+        parts = [getattr(method, name, None) for name in ("sampler", "memory", "negatives")]
+        counts = [getattr(part, "num_classes", None) for part in [method, *parts]]
+        assert {count for count in counts if count is not None} == {classes}
+        heads = {n: head[0].weight.shape[1] for n, head in method.projector.heads.items()}
+        assert heads == {name: maps[name].shape[1] for name in heads}
 
 
 @pytest.mark.parametrize("path", METHODS, ids=str)
 def test_method_and_baseline_differ_by_one_key(path: Path) -> None:
-    name = re.sub(r"_ms_cs_((release|dense|sampled)_([a-z]+_(?=cpu))?)?", "_base_", path.name)
-    method, baseline = flat(load(path)), flat(load(path.with_name(name)))
+    method, baseline = flat(load(path)), flat(load(baseline_of(path)))
     different = {
         key
         for key in method.keys() | baseline.keys()
@@ -129,10 +153,22 @@ def test_method_and_baseline_differ_by_one_key(path: Path) -> None:
     assert any(k.startswith("model.contrast.") for k in different)
 
 
+def baseline_of(path: Path) -> Path:
+    """The file of the same model and schedule that is named `base` where this one has a method."""
+    (baseline,) = (
+        other
+        for other in FILES
+        if other not in METHODS
+        and other.parent == path.parent
+        and path.name.startswith(other.name.partition("base_")[0])
+        and path.name.endswith(other.name.partition("_base")[2])
+    )
+    return baseline
+
+
 @pytest.mark.parametrize(
     ("variant", "projection", "norm_statistics", "norm"),
     [
-        ("dense_layer", "dense", None, "layer"),
         ("sampled_draw", "sampled", "draw", "batch"),
         ("sampled_layer", "sampled", None, "layer"),
         ("sampled_map", "sampled", "map", "batch"),
@@ -154,9 +190,9 @@ def test_projections_differ_by_what_they_name(
     assert {key: value for key, value in flat(cfg).items() if key not in free} == expected
 
 
-@pytest.mark.parametrize("path", ARCHITECTURES)
-def test_forward_and_backward(path: str) -> None:
-    model = instantiate(load(path).model).train()
+def trained(cfg: DictConfig) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """A model after a backward pass, and its losses."""
+    model = instantiate(cfg.model).train()
     batch = [
         {
             "image": torch.randint(0, 256, (3, 64, 96), dtype=torch.uint8),
@@ -167,13 +203,39 @@ def test_forward_and_backward(path: str) -> None:
         for _ in range(2)
     ]
     losses = model(batch)
-    terms = ["res2", "res3", "res4", "res5", "res2_res5", "res2_res4"]
-    assert set(losses) == {"loss_sem_seg", *(f"loss_contrast_{term}" for term in terms)}
-    assert all(loss.isfinite() and loss > 0 for loss in losses.values())
     sum(losses.values()).backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     assert not [name for name, grad in gradients.items() if grad is None]
     assert all(grad.isfinite().all() for grad in gradients.values())
+    return model, losses
+
+
+@pytest.mark.parametrize("path", ARCHITECTURES)
+def test_forward_and_backward(path: str) -> None:
+    _, losses = trained(load(path))
+    terms = ["res2", "res3", "res4", "res5", "res2_res5", "res2_res4"]
+    assert set(losses) == {"loss_sem_seg", *(f"loss_contrast_{term}" for term in terms)}
+    assert all(loss.isfinite() and loss > 0 for loss in losses.values())
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_forward_and_backward_of_every_method(name: str) -> None:
+    cfg = load(f"configs/camvid/semfpn_r18_{name}_6k.py")
+    if "warmup_iters" in cfg.model.contrast:
+        cfg.model.contrast.warmup_iters = 0
+    if name == "pixel_release":
+        cfg.model.contrast.sampler.min_pixels = 1  # of maps of 16x24 pixels
+    model, losses = trained(cfg)
+    assert list(losses) == ["loss_sem_seg", *(f"loss_contrast_{term}" for term in TERMS[name])]
+    # At random weights few pixels are right, and PNE may find no group.
+    if name != "pne":
+        assert all(loss > 0 for loss in losses.values())
+
+
+def test_every_method_is_trained_above() -> None:
+    names = {path.name.partition("semfpn_r18_")[2] for path in METHODS if "_6k" in path.name}
+    others = {name.removesuffix("_6k.py") for name in names if name}
+    assert others == {"ms_cs", "ms_cs_release", *TERMS}
 
 
 def test_every_architecture_is_trained_above() -> None:
@@ -246,6 +308,35 @@ def test_ms_cs_release_is_as_released() -> None:
         "momentum": {3e-4},
         "count_empty_anchors": True,
     }
+
+
+def test_pixel_contrast_is_as_in_the_paper() -> None:
+    # Wang et al., ICCV 2021, sections 3.2 and 3.3.
+    contrast = meta_model(load("configs/camvid/semfpn_r18_pixel_memory_6k.py")).contrast
+    sampler, memory, pairs = contrast.sampler, contrast.memory, contrast.pairs
+    assert (sampler.balance, sampler.max_per_group, sampler.min_pixels) == ("class", 50, 1)
+    assert (sampler.hard_share, sampler.rest) == (0.5, "random")
+    # Of CamVid's 367 training images, a region each, and ten times as many pixels.
+    assert (memory.regions_per_class, memory.pixels_per_class) == (367, 3670)
+    assert memory.pixels_per_image == 10
+    assert (pairs.fraction, pairs.max_positives, pairs.max_negatives) == (0.1, 1024, 2048)
+    assert contrast.temperature == 0.1
+    assert contrast.weight == pytest.approx(0.1)  # the release's
+    heads = contrast.projector.heads["p2"]
+    assert [type(layer).__name__ for layer in heads] == ["Conv2d", "BatchNorm2d", "ReLU", "Conv2d"]
+
+
+def test_pixel_release_is_as_released() -> None:
+    contrast = meta_model(load("configs/camvid/semfpn_r18_pixel_release_6k.py")).contrast
+    sampler = contrast.sampler
+    assert (sampler.balance, sampler.max_anchors, sampler.max_per_group) == (
+        "image_class",
+        1024,
+        100,
+    )
+    assert (sampler.min_pixels, sampler.hard_share, sampler.rest) == (101, 0.5, "easy")
+    assert contrast.weight == pytest.approx(0.1 * 0.1 / 0.07)
+    assert contrast.memory is contrast.pairs is None
 
 
 def test_images_are_normalised_as_timms_weights_expect() -> None:

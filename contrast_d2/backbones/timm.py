@@ -125,12 +125,14 @@ def feature_channels(
 def joined_channels(
     name: str,
     *,
+    feature: str,
     out_features: Sequence[str] = _DEFAULT_FEATURES,
     output_stride: int | None = None,
-) -> int:
-    """Channels of all maps of `TimmBackbone` together, as of HRNetV2's joined map."""
+) -> dict[str, int]:
+    """Channels of a map that joins those of `TimmBackbone`, as HRNetV2's head does, by its name
+    `feature`: what the projector of such a map needs to know."""
     channels = feature_channels(name, out_features=out_features, output_stride=output_stride)
-    return sum(channels.values())
+    return {feature: sum(channels.values())}
 
 
 @lru_cache(maxsize=64)

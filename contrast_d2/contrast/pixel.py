@@ -12,15 +12,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .boundary import BoundaryNegatives
 from .gather import gather_embeddings
 from .hard_sampling import HardAnchorSampler
 from .info_nce import PRODUCTS, Products, info_nce
 from .memory import LabelledSet, MemoryBank
 from .method import ContrastMethod, Warmup, connected_zero
 from .output import ContrastOutput
-from .pairs import SemiHardPairs
+from .pairs import PairSelector, RolePairs, SemiHardPairs
 from .projector import MultiScaleProjector
-from .sampling import PixelDraw, downsample_labels, predicted_labels
+from .sampling import PixelDraw, downsample_labels, joined_draws, predicted_labels
 from .statistics import class_sums, similarity_statistics
 
 
@@ -56,12 +57,15 @@ class PixelContrast(ContrastMethod):
         contrast_batch: whether the anchors are in the contrast set besides the memory. The release
             leaves them out.
         pairs: choice of semi-hard positives and negatives; None for all pairs.
+        negatives: draws wrong pixels of the batch, which are then the only negatives, while the
+            contrast set gives the positives; None for its samples of other classes. Not together
+            with `pairs`, which choose the negatives too.
         products: precision of the InfoNCE's products, as in `info_nce`: "fp32" or "bf16".
 
     Raises:
         ValueError: a negative weight, a temperature that is not above 0, a map without projector,
             unknown products, a memory of another size than sampler or projector, options of a
-            memory without one.
+            memory without one, both `pairs` and `negatives`.
 
     Reference: Wang, Zhou, Yu, Dai, Konukoglu, Van Gool, "Exploring Cross-Image Pixel Contrast for
         Semantic Segmentation", ICCV 2021, section 3.2, equation (3).
@@ -82,6 +86,7 @@ class PixelContrast(ContrastMethod):
         memory_per_class: int | None = None,
         contrast_batch: bool = True,
         pairs: SemiHardPairs | None = None,
+        negatives: BoundaryNegatives | None = None,
         products: Products = "fp32",
     ) -> None:
         super().__init__(projector)
@@ -93,6 +98,10 @@ class PixelContrast(ContrastMethod):
                 raise ValueError(f"{name}={value}: must be above 0.")
         if products not in PRODUCTS:
             raise ValueError(f"products={products!r}: choose one of {list(PRODUCTS)}.")
+        if pairs is not None and negatives is not None:
+            raise ValueError(
+                "pairs and negatives both choose the negatives: set one of them to None."
+            )
         _check_memory(memory, memory_per_class, contrast_batch, projector, sampler)
         projector.keep([feature])
         self.sampler = sampler
@@ -104,6 +113,7 @@ class PixelContrast(ContrastMethod):
         self.memory_per_class = memory_per_class
         self.contrast_batch = contrast_batch
         self.pairs = pairs
+        self.negatives = negatives
         self.products = products
 
     # How many pixels are drawn is known at run time only: a compiled step has one graph up to here.
@@ -120,7 +130,8 @@ class PixelContrast(ContrastMethod):
         Returns:
             The loss `loss_contrast_<feature>`; the statistics `anchors`, `classes`, `hard_share`
             (of the anchors), `positive_similarity` and `negative_similarity` (over all pairs,
-            whatever `pairs` chooses), all but during warm-up, and with a memory `bank_fill`.
+            whatever `pairs` chooses), with `negatives` their number, all but during warm-up, and
+            with a memory `bank_fill`.
 
         Raises:
             ValueError: no logits.
@@ -136,7 +147,10 @@ class PixelContrast(ContrastMethod):
         if factor > 0:
             predictions = predicted_labels(logits, embeddings.shape[-2:])
             (draw,) = self.sampler([label_map], [predictions], generator)
-            loss, similarities = self._loss(embeddings, draw, generator)
+            negatives = None
+            if self.negatives is not None:
+                (negatives,) = self.negatives([label_map], [predictions], generator)
+            loss, similarities = self._loss(embeddings, draw, negatives, generator)
             loss = self.weight * factor * loss
             wrong = predictions.flatten(1)[draw.image, draw.pixel] != draw.labels
             statistics["hard_share"] = wrong.float().mean()
@@ -151,40 +165,83 @@ class PixelContrast(ContrastMethod):
         )
 
     def _loss(
-        self, embeddings: Tensor, draw: PixelDraw, generator: torch.Generator | None
+        self,
+        embeddings: Tensor,
+        draw: PixelDraw,
+        negative_draw: PixelDraw | None,
+        generator: torch.Generator | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The InfoNCE, unweighted, and what it is about."""
-        anchors = gather_embeddings(embeddings, draw.image, draw.pixel, distinct=True)
-        contrast = None
-        if self.memory is not None:
-            contrast = self.memory.contrast_set(self.memory_per_class, generator)
-            if self.contrast_batch:
-                contrast = LabelledSet(
-                    torch.cat([anchors, contrast.embeddings]),
-                    torch.cat([draw.labels, contrast.labels]),
-                )
-        loss = info_nce(
-            anchors,
-            draw.labels,
-            *(contrast or ()),
-            temperature=self.temperature,
-            anchors_lead_contrast=contrast is not None and self.contrast_batch,
-            class_counts=draw.class_counts,
-            products=self.products,
-            pairs=None if self.pairs is None else partial(self.pairs, generator=generator),
-        )
-        sums = contrast_sums = class_sums(anchors, draw.labels, self.sampler.num_classes)
-        if contrast is not None:
-            contrast_sums = class_sums(*contrast, self.sampler.num_classes)
+        both = joined_draws(draw, negative_draw)
+        # A pixel may be drawn as anchor and as negative.
+        distinct = negative_draw is None
+        rows = gather_embeddings(embeddings, both.image, both.pixel, distinct=distinct)
+        anchors = LabelledSet(rows, draw.labels)
+        negatives = None
+        if negative_draw is not None:
+            anchor_rows, rows = rows.split([len(draw.labels), len(negative_draw.labels)])
+            anchors = LabelledSet(anchor_rows, draw.labels)
+            negatives = LabelledSet(rows, negative_draw.labels)
+        contrast = self._contrast_set(anchors, generator)
+        loss = self._info_nce(anchors, draw.class_counts, contrast, negatives, generator)
+
+        classes = self.sampler.num_classes
+        sums = class_sums(*anchors, classes)
+        contrast_sums = sums if contrast is anchors else class_sums(*contrast, classes)
         similarity = similarity_statistics(
             sums, contrast_sums, contrast_holds_anchors=self.contrast_batch
         )
-        return loss, {
+        statistics = {
             "anchors": sums.counts.sum(),
             "classes": (sums.counts > 0).sum().to(sums.counts.dtype),
             "positive_similarity": similarity.positive,
             "negative_similarity": similarity.negative,
         }
+        if negatives is not None:
+            negative_sums = class_sums(*negatives, classes)
+            similarity = similarity_statistics(sums, negative_sums)
+            statistics["negative_similarity"] = similarity.negative
+            statistics["negatives"] = negative_sums.counts.sum()
+        return loss, statistics
+
+    def _contrast_set(self, anchors: LabelledSet, generator: torch.Generator | None) -> LabelledSet:
+        """The anchors, if they are part of it, then the memory."""
+        if self.memory is None:
+            return anchors
+        keys = self.memory.contrast_set(self.memory_per_class, generator)
+        return _joined(anchors, keys) if self.contrast_batch else keys
+
+    def _info_nce(
+        self,
+        anchors: LabelledSet,
+        class_counts: tuple[int, ...] | None,
+        contrast: LabelledSet,
+        negatives: LabelledSet | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        among_themselves = contrast is anchors and negatives is None
+        pairs: PairSelector | None = None
+        if self.pairs is not None:
+            pairs = partial(self.pairs, generator=generator)
+        if negatives is not None:
+            positive = torch.arange(
+                len(contrast.labels) + len(negatives.labels), device=contrast.labels.device
+            ) < len(contrast.labels)
+            pairs = RolePairs(positives=positive, negatives=~positive)
+            contrast = _joined(contrast, negatives)
+        return info_nce(
+            *anchors,
+            *(() if among_themselves else contrast),
+            temperature=self.temperature,
+            anchors_lead_contrast=self.contrast_batch and not among_themselves,
+            class_counts=class_counts,
+            products=self.products,
+            pairs=pairs,
+        )
+
+
+def _joined(first: LabelledSet, second: LabelledSet) -> LabelledSet:
+    return LabelledSet(*(torch.cat(pair) for pair in zip(first, second, strict=True)))
 
 
 def _check_memory(

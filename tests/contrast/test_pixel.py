@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 from torch.nn.parallel import DistributedDataParallel
 
 from contrast_d2.contrast import (
+    BoundaryNegatives,
     HardAnchorSampler,
     MemoryBank,
     MultiScaleProjector,
@@ -611,3 +612,62 @@ def test_missing_class_scores_are_named() -> None:
     features, _, labels = random_batch()
     with pytest.raises(ValueError, match="needs the class scores"):
         build()(features, None, labels)
+
+
+# ---- drawn negatives
+
+
+@pytest.mark.parametrize("contrast_batch", [True, False, None])
+def test_drawn_negatives_take_the_place_of_other_classes(contrast_batch: bool | None) -> None:
+    memory = {} if contrast_batch is None else {"memory": BANK, "contrast_batch": contrast_batch}
+    negatives = BoundaryNegatives(NUM_CLASSES, max_negatives=30)
+    contrast = build(negatives=negatives, weight=0.3, temperature=0.2, **memory).double()
+    first, second = double(random_batch()), double(random_batch())
+    run(contrast, first)
+    keys, key_labels = torch.zeros(0, WIDTH, dtype=torch.float64), []
+    if contrast.memory is not None:
+        keys, key_labels = copy.deepcopy(contrast.memory).contrast_set()
+        key_labels = key_labels.tolist()
+    output = run(contrast, second)
+
+    features, scores, labels = second
+    generator = torch.Generator().manual_seed(1)
+    maps = contrast.projector(features)["res2"]
+    label_map = downsample_labels(labels, maps.shape[-2:])
+    predictions = predicted_labels(scores, maps.shape[-2:])
+    (drawn,) = contrast.sampler([label_map], [predictions], generator)
+    (drawn_negatives,) = negatives([label_map], [predictions], generator)
+    assert len(drawn_negatives.labels) == 30
+    anchors = gather_embeddings(maps, drawn.image, drawn.pixel)
+    units = gather_embeddings(maps, drawn_negatives.image, drawn_negatives.pixel)
+    in_batch = contrast_batch is not False
+    expected = 0.3 * references.two_role_loss(
+        anchors,
+        drawn.labels.tolist(),
+        torch.cat([anchors, keys]) if in_batch else keys,
+        units,
+        (drawn.labels.tolist() if in_batch else []) + key_labels,
+        drawn_negatives.labels.tolist(),
+        0.2,
+        among_themselves=in_batch,
+    )
+    loss = output.losses["loss_contrast_res2"]
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-12)
+    inputs = [*features.values(), *contrast.parameters()]
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, inputs, retain_graph=True),
+        torch.autograd.grad(expected, inputs),
+        rtol=1e-7,
+        atol=1e-12,
+    )
+    different = drawn.labels[:, None] != drawn_negatives.labels
+    assert output.statistics["contrast/res2/negatives"] == 30
+    torch.testing.assert_close(
+        output.statistics["contrast/res2/negative_similarity"],
+        (anchors @ units.T)[different].mean().detach(),
+    )
+
+
+def test_negatives_are_chosen_once() -> None:
+    with pytest.raises(ValueError, match="pairs and negatives both choose"):
+        build(pairs=SemiHardPairs(), negatives=BoundaryNegatives(NUM_CLASSES))
