@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
 from torch.nn import functional as F
 
 from .distributed import gather_rows, world_size
@@ -59,13 +60,39 @@ def layer_pixels(embeddings: Tensor, labels: Tensor, num_classes: int) -> LayerP
     """
     dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
     vectors = embeddings.flatten(2).to(dtype)
-    # Three times as fast as vector_norm across planes, on a CPU. Vectors below 1e-12 stay short.
-    inverse_lengths = vectors.square().sum(dim=1).clamp(min=1e-24).rsqrt()
+    inverse_lengths = _InverseLengths.apply(vectors)
     label_map = downsample_labels(labels, embeddings.shape[-2:])
     classes = torch.arange(num_classes, device=labels.device)[:, None]
     return LayerPixels(
         vectors, inverse_lengths, label_map.flatten(1)[:, None] == classes, label_map
     )
+
+
+class _InverseLengths(Function):
+    """1 / length of vectors (B, D, P), in a third of the time that autograd takes; 1e12, and no
+    gradient, for those that are no longer than 1e-12."""
+
+    @staticmethod
+    def forward(ctx, vectors: Tensor) -> Tensor:
+        # On a CPU, whose cache holds the squares of a few planes.
+        planes = 16 if vectors.device.type == "cpu" else vectors.shape[1]
+        squares = vectors.new_zeros(vectors.shape[0], vectors.shape[2])
+        for part in vectors.split(planes, dim=1):
+            squares += part.square().sum(dim=1)
+        regular = squares > 1e-24
+        inverse = squares.clamp_(min=1e-24).rsqrt_()
+        ctx.save_for_backward(vectors, inverse, regular)
+        return inverse
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "Contextrast cannot be differentiated twice: leave out create_graph."
+            )
+        vectors, inverse, regular = ctx.saved_tensors
+        factor = torch.where(regular, -(inverse**3) * grad, 0)
+        return vectors * factor[:, None]
 
 
 def class_means(

@@ -500,6 +500,32 @@ def test_an_ignored_image_changes_nothing() -> None:
         assert not f.grad[1].any() and f.grad[0].any()
 
 
+def test_lengths_of_embeddings() -> None:
+    labels = torch.zeros(2, 3, 4, dtype=torch.long)
+    maps = torch.randn(2, 40, 3, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, 12, dtype=torch.float64)
+    found = layer_pixels(maps, labels, 1).inverse_lengths
+    expected = 1 / maps.flatten(2).norm(dim=1)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad((found * weights).sum(), maps),
+        torch.autograd.grad((expected * weights).sum(), maps),
+    )
+    # A vector of zeros stays one, and its gradient finite.
+    zeros = torch.zeros(1, 40, 3, 4, requires_grad=True)
+    found = layer_pixels(zeros, labels[:1], 1).inverse_lengths
+    torch.testing.assert_close(found, torch.full((1, 12), 1e12))
+    (1e4 * found.sum()).backward()
+    assert not zeros.grad.any()
+
+
+def test_second_derivatives_are_refused() -> None:
+    features, scores, labels = random_batch()
+    loss = sum(run(build(), features, scores, labels).losses.values())
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        loss.backward(create_graph=True)
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 10.0])
 def test_losses_stay_finite_at_any_temperature(temperature: float) -> None:
     features, scores, labels = random_batch()
