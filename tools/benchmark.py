@@ -6,6 +6,7 @@ Usage:
     python tools/benchmark.py contrast --shapes infonce_2048 cityscapes_b2
     python tools/benchmark.py growth --output results/performance_growth.json
     python tools/benchmark.py projection --output results/performance_projection.json
+    python tools/benchmark.py methods configs/camvid/semfpn_r18_{base,ms_cs,pixel}_cpu.py
     python tools/benchmark.py tables
 """
 
@@ -30,7 +31,7 @@ if __name__ == "__main__":
     keep_heap()  # before the imports that take seconds
 
 import torch
-from bench import cases, contrast, growth, projection, tables
+from bench import cases, contrast, growth, methods, projection, tables
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_contrast(commands)
     _add_growth(commands)
     _add_projection(commands)
+    _add_methods(commands)
     _add_tables(commands)
     options = parser.parse_args(arguments)
     try:
@@ -95,6 +97,17 @@ def _add_projection(commands: Any) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images (default 1)")
     parser.add_argument("--height", type=int, default=512, help="of an image (default 512)")
     parser.add_argument("--width", type=int, default=1024, help="of an image (default 1024)")
+
+
+def _add_methods(commands: Any) -> None:
+    parser = _add_measurement(
+        commands, "methods", "a training step of experiment files that differ in their method"
+    )
+    parser.set_defaults(run=_methods)
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="experiment files, the baseline first"
+    )
+    parser.add_argument("--weights", default="", metavar="FILE", help="checkpoint of the baseline")
 
 
 def _add_measurement(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
@@ -151,6 +164,15 @@ def _projection(options: argparse.Namespace) -> int:
     size = {"batch": options.batch, "height": options.height, "width": options.width}
     scene = replace(cases.STREET, **size)
     results = projection.measure(scene, backbone=options.backbone, **_settings(options))
+    _write(results, options.output)
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> int:
+    for path in [*options.files, *([options.weights] if options.weights else [])]:
+        if not Path(path).is_file():
+            raise ValueError(f"{path}: there is no such file")
+    results = methods.measure(options.files, weights=options.weights, **_settings(options))
     _write(results, options.output)
     return 0
 

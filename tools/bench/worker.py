@@ -17,11 +17,12 @@ from typing import Any
 import torch
 
 from .machine import in_subprocess, seconds_of
+from .methods import MethodStep
 from .scenes import Scene
 from .training import TrainingStep
 from .workloads import Contender, InfoNCE, Step
 
-Workload = Step | InfoNCE | TrainingStep
+Workload = Step | InfoNCE | TrainingStep | MethodStep
 
 # Every block above some pages comes from the system and goes back to it when freed, so that the
 # resident set of the process is what is alive.
@@ -47,7 +48,7 @@ def to_json(workload: Workload) -> dict[str, Any]:
 
 def from_json(tree: Mapping[str, Any]) -> Workload:
     """The workload that `to_json` made a tree of."""
-    kinds = {kind.__name__: kind for kind in (Step, InfoNCE, TrainingStep)}
+    kinds = {kind.__name__: kind for kind in (Step, InfoNCE, TrainingStep, MethodStep)}
     fields = {name: value for name, value in tree.items() if name != "kind"}
     if "scene" in fields:
         fields["scene"] = Scene(**fields["scene"])
@@ -159,6 +160,8 @@ def _small(workload: Workload) -> Workload:
         return replace(workload, anchors=4 * workload.classes, memory=min(64, workload.memory))
     if isinstance(workload, Step):
         return Step(_SMALL_SCENE, width=workload.width)
+    if isinstance(workload, MethodStep):
+        return workload
     return replace(workload, scene=replace(_SMALL_SCENE, num_classes=workload.scene.num_classes))
 
 
