@@ -110,7 +110,7 @@ class ContrastSum(nn.Module):
                 projections[key] = _project_map(heads[feature], x)
         return {feature: projections[self._head_of[name, feature], feature] for feature in maps}
 
-    # One break of a compiled graph, where each method would make one.
+    # The methods' own breaks of a compiled graph would fall into a loop, where it cannot resume.
     @torch.compiler.disable
     def _contrast(
         self,

@@ -121,8 +121,8 @@ class PNE(ContrastMethod):
     The release takes the first ones in raster order, from the top of the image, and repeats those
     of smaller sets to the same number; a mean needs no repetition.
 
-    The paper's text beyond its abstract does not state weights and bounds; the defaults are those
-    of the authors' release, for DeepLabV3 on Cityscapes at stride 8.
+    The defaults are those of the authors' release, which has one setting, DeepLabV3 on Cityscapes
+    at stride 8. There the factor f keeps the effective weight far below `weight`.
 
     Args:
         projector: heads for feature maps; all but that of `feature` are dropped. The release has
@@ -259,11 +259,10 @@ class PNE(ContrastMethod):
                 f"logits of {logits.shape[1]} classes with PNE(num_classes={self.num_classes}): "
                 "set num_classes to that of the segmentation head."
             )
-        logits = logits.detach()
         if logits.shape[-2:] == size:
             return logits
-        # The release reads the nearest score, where the two sizes are one. The paper's abstract
-        # does not state more; ours: bilinear, as in `predicted_labels`.
+        # The release reads the nearest score, in a setting in which both sizes are one. Ours:
+        # bilinear, as in `predicted_labels`.
         return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
 
     def _visiting_order(self, maps: Tensor, generator: torch.Generator | None) -> Tensor | None:

@@ -234,6 +234,8 @@ def test_a_compiled_step_breaks_its_graph_once() -> None:
     torch._dynamo.utils.counters.clear()
     losses = run(torch.compile(total, backend="aot_eager"), batch).losses
     assert sum(torch._dynamo.utils.counters["graph_break"].values()) == 1
+    # With all projections in it.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     torch.testing.assert_close(losses, expected)
     found = gradients(losses, total)
     assert all(g is not None and g.isfinite().all() for g in found.values())

@@ -291,6 +291,20 @@ def test_blocks_and_chunks_do_not_matter(monkeypatch, block: int, chunk: int) ->
     torch.testing.assert_close(value_and_gradient(), expected)
 
 
+@pytest.mark.parametrize("size", [1, 3, 16, 64])
+def test_every_anchor_is_in_one_block_of_its_group(monkeypatch, size: int) -> None:
+    monkeypatch.setattr(pne_module, "_BLOCK_ANCHORS", size)
+    anchors = random_groups()[3].anchors
+    groups, members = pne_module._blocks(anchors, 40)
+    found = [
+        (member, group)
+        for group, block in zip(groups.tolist(), members.tolist(), strict=True)
+        for member in block
+        if member < 40
+    ]
+    assert sorted(found) == [(a, 0 if a < 33 else 1 if a < 34 else 2) for a in range(40)]
+
+
 @pytest.mark.parametrize("temperature", [1e-4, 1.0])
 def test_fp32_stays_near_fp64(temperature: float) -> None:
     anchors, samples, log_weights, groups = random_groups()
@@ -395,6 +409,19 @@ def test_stand_ins_of_all_classes_in_even_shares() -> None:
     for seed in range(5):
         found = statistics_of(pne, embeddings, scores, labels, seed=seed)
         assert (found["groups"], found["log_ratio"]) == (1, pytest.approx(math.log(ratio)))
+
+
+def test_a_group_without_stand_ins_is_skipped() -> None:
+    # Class 1 alone is right somewhere: nothing stands in for class 2.
+    embeddings, scores, labels = line([(3, 2, 1), (9, 1, 1), (2, 1, 2)])
+    output = call(build(empty_negatives="image"), embeddings.requires_grad_(), scores, labels)
+    found = {name.removeprefix(f"{TERM}/"): v.item() for name, v in output.statistics.items()}
+    assert found["groups"] == 0
+    assert found["skipped_no_negatives"] == pytest.approx(3 / 5)
+    assert found["skipped_no_positives"] == pytest.approx(2 / 5)
+    loss = output.losses["loss_contrast_p2"]
+    loss.backward()
+    assert loss == 0 and not embeddings.grad.any()
 
 
 @pytest.mark.parametrize("ignored", [255, NUM_CLASSES, -1])
@@ -582,13 +609,15 @@ def test_labels_of_any_integer_type(dtype: torch.dtype) -> None:
 
 
 def test_many_classes() -> None:
-    # Their pairs take more than 16 bits.
+    # Their pairs take more than 16 bits, in which (128, 0) of the second image is (0, 64) of the
+    # first.
     embeddings, scores, labels = random_batch()
-    shift = torch.cat([torch.arange(NUM_CLASSES) + 196, torch.full((252,), 255)])
+    names = [0, 64, 128, 199]
+    renamed = torch.tensor([*names, *[255] * 252])[labels]
     many = torch.full((2, 200, 12, 16), -20.0)
-    many[:, 196:] = scores
+    many[:, names] = scores
     torch.testing.assert_close(
-        loss_of(build(200), embeddings, many, shift[labels]),
+        loss_of(build(200), embeddings, many, renamed),
         loss_of(build(), embeddings, scores, labels),
     )
 
@@ -599,7 +628,10 @@ def test_warm_up() -> None:
     pne = build(warmup_iters=2, ramp_iters=1)
     embeddings = batch[0].requires_grad_()
     for factor in (0, 0, 0.5, 1, 1):
-        output = call(pne, *batch)
+        generator = torch.Generator().manual_seed(1)
+        output = pne.contrast({"p2": embeddings}, *batch[1:], generator)
+        drawn = not torch.equal(generator.get_state(), torch.Generator().manual_seed(1).get_state())
+        assert drawn == (factor > 0)
         loss = output.losses["loss_contrast_p2"]
         torch.testing.assert_close(loss, factor * full.losses["loss_contrast_p2"])
         (gradient,) = torch.autograd.grad(loss, embeddings)
