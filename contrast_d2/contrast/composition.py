@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .method import ContrastMethod
 from .output import ContrastOutput
@@ -107,7 +106,7 @@ class ContrastSum(nn.Module):
         for feature, x in maps.items():
             key = self._head_of[name, feature], feature
             if key not in projections:
-                projections[key] = _project_map(heads[feature], x)
+                projections[key] = heads[feature](x)
         return {feature: projections[self._head_of[name, feature], feature] for feature in maps}
 
     # The methods' own breaks of a compiled graph would fall into a loop, where it cannot resume.
@@ -131,17 +130,6 @@ class ContrastSum(nn.Module):
             for key, value in output.statistics.items():
                 statistics[f"{_STATISTIC}{name}/{key.removeprefix(_STATISTIC)}"] = value
         return ContrastOutput(losses, statistics)
-
-
-def _project_map(head: nn.Module, features: Tensor) -> Tensor:
-    """Projects a map, with a head that may project drawn pixels before the backward pass."""
-    # Autograd keeps the running statistics of batch norms, of which the backward pass of a training
-    # step makes no use, and refuses it once they have moved on. So it gets copies.
-    buffers = {name: buffer.clone() for name, buffer in head.named_buffers()}
-    embeddings = functional_call(head, buffers, (features,))
-    for name, buffer in head.named_buffers():
-        buffer.copy_(buffers[name])
-    return embeddings
 
 
 def _check_methods(methods: Mapping[str, ContrastMethod]) -> None:

@@ -151,8 +151,8 @@ class PNE(ContrastMethod):
     Raises:
         ValueError: an argument out of its range, unknown, or without effect.
 
-    Reference: Wang, Zhou, Wang, Zheng, Tian, "Positive-Negative Equal Contrastive Loss for Semantic
-        Segmentation", Neurocomputing 2023 (arXiv:2207.01417), and the authors' release.
+    Reference: Wang et al., "Positive-Negative Equal Contrastive Loss for Semantic Segmentation",
+        Neurocomputing 2023 (arXiv:2207.01417), and the authors' release.
     """
 
     def __init__(

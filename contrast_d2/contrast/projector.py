@@ -251,8 +251,10 @@ def _move_running_statistics(layer: _BatchNorm, statistics: ChannelStatistics) -
     mean, var, count = statistics
     exists = (count > 0).to(mean.dtype)
     unbiased = var * (count / (count - 1).clamp(min=1))
-    layer.running_mean.lerp_(mean, layer.momentum * exists)
-    layer.running_var.lerp_(unbiased, layer.momentum * exists)
+    # As PyTorch's own update, this one is none of autograd's business: the graph of a map that went
+    # through the layer before holds these buffers, but makes no use of them in training.
+    layer.running_mean.data.lerp_(mean, layer.momentum * exists)
+    layer.running_var.data.lerp_(unbiased, layer.momentum * exists)
     layer.num_batches_tracked.add_(exists.to(layer.num_batches_tracked.dtype))
 
 
