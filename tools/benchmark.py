@@ -132,8 +132,14 @@ def _add_tables(commands: Any) -> None:
     summary = "rewrite the tables of the documentation from the results"
     parser = commands.add_parser("tables", help=summary, description=f"{summary.capitalize()}.")
     parser.set_defaults(run=_tables)
+    documents = [Path("docs/performance.md"), Path("docs/methods.md")]
     parser.add_argument(
-        "--docs", type=Path, default=Path("docs/performance.md"), help="(default %(default)s)"
+        "--docs",
+        type=Path,
+        nargs="+",
+        default=documents,
+        metavar="FILE",
+        help=f"documents (default {' '.join(map(str, documents))})",
     )
     parser.add_argument(
         "--results", type=Path, default=Path("results"), help="folder (default %(default)s)"
@@ -178,7 +184,8 @@ def _methods(options: argparse.Namespace) -> int:
 
 
 def _tables(options: argparse.Namespace) -> int:
-    options.docs.write_text(tables.fill(options.docs.read_text(), options.results))
+    for document in options.docs:
+        document.write_text(tables.fill(document.read_text(), options.results))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, made from the measured results.
+"""The tables of docs/performance.md and docs/methods.md, made from the measured results.
 
 A table stands between two comments, of which the first names its results and its kind:
 
@@ -149,6 +149,27 @@ def _projections(found: Mapping[str, Any]) -> str:
     return _table(["part", "projection", "ms", "times dense", "peak, MiB"], rows)
 
 
+def _methods(found: Mapping[str, Any]) -> str:
+    baseline = next(iter(found["methods"].values()))
+    rows = []
+    for name, row in found["methods"].items():
+        ratio = row["times_baseline"]
+        rows.append(
+            [
+                f"`{name}`",
+                _time(row),
+                ""
+                if row is baseline
+                else f"{ratio['median']:.3f} ({ratio['p10']:.3f} to {ratio['p90']:.3f})",
+                f"{row['peak_mib']:,.0f}",
+                f"{row['parameters'] / 1e6:.2f}",
+                f"{row['checkpoint_mb']:.1f}",
+            ]
+        )
+    head = "experiment|ms|times baseline|peak, MiB|parameters in training, M|weights and state, MB"
+    return _table(head.split("|"), rows)
+
+
 def _exponents(found: Mapping[str, Any]) -> str:
     rows = [
         [
@@ -186,5 +207,6 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "heaps": _heaps,
     "errors": _errors,
     "projections": _projections,
+    "methods": _methods,
     "exponents": _exponents,
 }
