@@ -15,6 +15,7 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/shapes/semfpn_r18_ms_cs_demo.py"
+MEMORY_CONFIG = "configs/shapes/semfpn_r18_pixel_memory_demo.py"
 # Small enough to take seconds, with all parts of the real job in it.
 SMALL = [
     "model.sem_seg_head.fpn_channels=16",
@@ -48,17 +49,17 @@ def run(
     )
 
 
-def train(output_dir: Path, *extra: str, flags: tuple[str, ...] = ()) -> None:
-    arguments = ["--config-file", CONFIG, *flags, *SMALL, f"train.output_dir={output_dir}", *extra]
-    result = run(*arguments)
+def train(output_dir: Path, *extra: str, flags: tuple[str, ...] = (), config: str = CONFIG) -> None:
+    arguments = ["--config-file", config, *flags, *SMALL, f"train.output_dir={output_dir}"]
+    result = run(*arguments, *extra)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def kill(output_dir: Path, moment: str, iteration: int, *flags: str) -> None:
+def kill(output_dir: Path, moment: str, iteration: int, *extra: str, config: str = CONFIG) -> None:
     result = run(
         moment,
         str(iteration),
-        *("--config-file", CONFIG, *flags, *SMALL, f"train.output_dir={output_dir}"),
+        *("--config-file", config, *SMALL, f"train.output_dir={output_dir}", *extra),
         script="tests/engine/killed_run.py",
     )
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
@@ -165,6 +166,34 @@ def test_a_killed_and_resumed_run_ends_bit_identical(whole_run: Path, tmp_path: 
         "model_0000005.pth",
         "model_0000007.pth",
     ]
+
+
+@pytest.mark.slow
+def test_a_memory_bank_survives_a_kill(tmp_path: Path) -> None:
+    # Warm-up ends, and the small rings are full, between the kill and the checkpoint before it.
+    memory = [
+        "model.contrast.warmup_iters=10",
+        "model.contrast.memory.regions_per_class=4",
+        "model.contrast.memory.pixels_per_class=50",
+    ]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    train(whole, *memory, config=MEMORY_CONFIG)
+    kill(killed, "step", 5, *memory, config=MEMORY_CONFIG)
+    assert (killed / "last_checkpoint").read_text() == "model_0000003.pth"
+    train(killed, *memory, flags=("--resume",), config=MEMORY_CONFIG)
+    final = [load(path / "model_final.pth") for path in (whole, killed)]
+    assert_identical(*final)
+    bank = {n.rpartition(".")[2]: x for n, x in final[0]["model"].items() if "memory" in n}
+    assert (bank["filled"][0] == 4).any() and (bank["filled"][1] > 10).any()
+    assert bank["keys"].any(dim=1).sum() == bank["filled"].sum()
+    metrics = last_metrics(whole)
+    # Two batches make an iteration.
+    assert "contrast/p2/anchors" not in metrics[4] and metrics[5]["contrast/p2/anchors"] > 0
+    assert 0 < metrics[2]["contrast/p2/bank_fill"] < metrics[6]["contrast/p2/bank_fill"]
+    assert (
+        "Memory bank: 9 classes x (4 regions + 50 pixels) x 16 in fp32"
+        in (whole / "log.txt").read_text()
+    )
 
 
 @pytest.mark.slow
