@@ -9,9 +9,9 @@ with s the cosine over the temperature and w_p the probability that the network 
 p. Each side enters by its mean, so that pull and push are equal whatever the numbers. Only anchors
 receive a gradient.
 
-Shape letters: B images, K classes, D embedding width, h w the embedding map, N its B * h * w
-pixels, G groups of anchors that share image, predicted and true class, A anchors, R pixels drawn
-as positives and negatives, S most samples of a set, M blocks of anchors.
+Shape letters: B images, K classes, D embedding width, h w the embedding map, G groups of anchors
+that share image, predicted and true class, A anchors, R pixels drawn as positives and negatives,
+S most samples of a set.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional as F
 
 from .gather import gather_embeddings, gather_pixels, unit_vectors
+from .log_ratios import Groups, log_ratios
 from .method import ContrastMethod, Warmup, connected_zero
+from .outcomes import Outcomes, sort_outcomes
 from .output import ContrastOutput
 from .projector import MultiScaleProjector
+from .ranges import Ranges, at, expand, runs
 from .sampling import downsample_labels, predicted_labels
 
 EmptyNegatives = Literal["anchors", "skip", "image"]
@@ -38,51 +40,6 @@ Scale = Literal["paper", "mean"]
 # Why misclassified pixels form no group: the first reason that holds counts.
 _SKIPS = ("absent_prediction", "no_positives", "no_negatives", "gate")
 _QUANTITIES = ("groups", "wrong_pixels", "anchors", "group_size", "weight", "log_ratio", "pull")
-
-
-class Ranges(NamedTuple):
-    """Runs of neighbouring places, one per group.
-
-    Attributes:
-        first: (G,) int64, where each begins.
-        size: (G,) int64, its length.
-    """
-
-    first: Tensor
-    size: Tensor
-
-
-class Outcomes(NamedTuple):
-    """The pixels of a map, sorted by image, prediction and truth.
-
-    Attributes:
-        order: (N,) int64 pixels, numbered through the batch: the correct ones by image and class,
-            then the wrong ones by image, predicted and true class, then those without a class.
-        correct: (B, K) pixels of each image that are of class k and predicted so.
-        correct_first: (B, K), where they begin in `order`.
-        wrong: (B, K, K) pixels of each image that are predicted as j and of class k; 0 for j = k.
-        wrong_first: (B, K, K), where they begin in `order`.
-    """
-
-    order: Tensor
-    correct: Tensor
-    correct_first: Tensor
-    wrong: Tensor
-    wrong_first: Tensor
-
-
-class Groups(NamedTuple):
-    """What is contrasted with what, as places among the anchors and among the samples.
-
-    Attributes:
-        anchors: runs of each group's anchors; one after the other, they hold all anchors.
-        positives: runs of each group's positives among the samples.
-        negatives: runs of each group's negatives among the samples.
-    """
-
-    anchors: Ranges
-    positives: Ranges
-    negatives: Ranges
 
 
 class _Drawn(NamedTuple):
@@ -320,11 +277,11 @@ class PNE(ContrastMethod):
 
         nth = torch.arange(1, num_groups + 1, device=taken.device)
         group = torch.searchsorted(taken.flatten().cumsum(dim=0), nth)
-        anchors = _runs(sizes.flatten()[group])
-        sets = _runs(set_sizes.flatten())
-        anchor_group, rank = _expand(anchors, num_anchors)
+        anchors = runs(sizes.flatten()[group])
+        sets = runs(set_sizes.flatten())
+        anchor_group, rank = expand(anchors, num_anchors)
         anchor_place = outcomes.wrong_first.flatten()[group[anchor_group]] + rank
-        sample_place = _places_in_sets(outcomes, sets, *_expand(sets, num_samples))
+        sample_place = _places_in_sets(outcomes, sets, *expand(sets, num_samples))
 
         image = group.div(classes**2, rounding_mode="floor")
         true_class = image * classes + group % classes
@@ -332,8 +289,8 @@ class PNE(ContrastMethod):
         if self.empty_negatives == "anchors":
             stand_in = Ranges(num_samples + anchors.first, anchors.size)
         else:
-            stand_in = _at(sets, outcomes.correct.numel() + true_class)
-        empty, negatives = no_negatives.flatten()[group], _at(sets, predicted)
+            stand_in = at(sets, outcomes.correct.numel() + true_class)
+        empty, negatives = no_negatives.flatten()[group], at(sets, predicted)
         negatives = Ranges(
             torch.where(empty, stand_in.first, negatives.first),
             torch.where(empty, stand_in.size, negatives.size),
@@ -341,7 +298,7 @@ class PNE(ContrastMethod):
         return _Drawn(
             outcomes.order[anchor_place],
             outcomes.order[sample_place],
-            Groups(anchors, _at(sets, true_class), negatives),
+            Groups(anchors, at(sets, true_class), negatives),
             outcomes.wrong.flatten()[group],
         )
 
@@ -375,7 +332,7 @@ class PNE(ContrastMethod):
     ) -> ContrastOutput:
         """Means over groups of the means over their anchors."""
         num_groups, num_anchors = len(drawn.sizes), len(ratios)
-        group, _ = _expand(drawn.groups.anchors, num_anchors)
+        group, _ = expand(drawn.groups.anchors, num_anchors)
         share = 1 / (drawn.groups.anchors.size * max(num_groups, 1))[group].to(ratios.dtype)
         sizes, weight = drawn.sizes.to(ratios.dtype), ratios.new_full((), self.weight * factor)
         if self.scale == "paper":
@@ -407,183 +364,6 @@ class PNE(ContrastMethod):
         )
 
 
-def sort_outcomes(
-    labels: Tensor, predictions: Tensor, num_classes: int, visiting_order: Tensor | None = None
-) -> Outcomes:
-    """Sorts the pixels of a map by image, prediction and truth.
-
-    Args:
-        labels: (B, h, w) integers; a pixel outside of 0..K-1 has no class.
-        predictions: (B, h, w) int64 classes 0..K-1.
-        num_classes: K.
-        visiting_order: (N,) int64 permutation of all pixels, in which those of the same outcome
-            are listed; None for raster order.
-    """
-    num_images = len(labels)
-    truth = labels.flatten(1).long()
-    predicted = predictions.flatten(1)
-    image = torch.arange(num_images, device=labels.device)[:, None] * num_classes
-    num_correct, num_wrong = num_images * num_classes, num_images * num_classes**2
-    no_class = num_correct + num_wrong
-    keys = torch.where(
-        truth == predicted,
-        image + truth,
-        num_correct + (image + predicted) * num_classes + truth,
-    )
-    keys.masked_fill_((truth < 0) | (truth >= num_classes), no_class)
-    # The cost of the sort goes by the bytes of the keys.
-    keys = keys.flatten().to(torch.int16 if no_class < 2**15 else torch.int32)
-    if visiting_order is not None:
-        keys = keys[visiting_order]
-    sorted_keys, order = keys.sort(stable=True)
-    if visiting_order is not None:
-        order = visiting_order[order]
-    numbers = torch.arange(no_class + 1, dtype=keys.dtype, device=keys.device)
-    bounds = torch.searchsorted(sorted_keys, numbers)
-    correct, wrong = bounds.diff().split([num_correct, num_wrong])
-    correct_first, wrong_first = bounds[:-1].split([num_correct, num_wrong])
-    by_class = num_images, num_classes
-    by_pair = num_images, num_classes, num_classes
-    return Outcomes(
-        order,
-        correct.view(by_class),
-        correct_first.view(by_class),
-        wrong.view(by_pair),
-        wrong_first.view(by_pair),
-    )
-
-
-def log_ratios(
-    anchors: Tensor,
-    samples: Tensor,
-    log_weights: Tensor,
-    groups: Groups,
-    *,
-    temperature: float,
-    max_samples: int,
-) -> Tensor:
-    """For each anchor, x = log( mean_{n in N} e^{s(a,n)} / mean_{p in P} w_p e^{s(a,p)} ).
-
-    The loss of the anchor is softplus(x). Similarities are taken block by block, with value and
-    gradient together: memory is that of the anchors and samples. Only anchors have a gradient. It
-    is the softmax-weighted mean of the negatives less that of the positives, over the temperature,
-    so that both sides weigh the same. The result cannot be differentiated twice.
-
-    Args:
-        anchors: (A, D) unit vectors, fp32 or fp64, group by group.
-        samples: (R, D) unit vectors, of the same dtype.
-        log_weights: log w of the samples, as far as they are positives: (R,), or shorter where the
-            last ones are negatives only.
-        groups: the anchors' groups, each with at least one positive and one negative.
-        temperature: divides the similarities.
-        max_samples: S, size of the largest set of positives or negatives.
-
-    Returns:
-        (A,), of the same dtype.
-
-    Reference: Wang et al., arXiv:2207.01417, and the authors' release, whose tiling of anchors,
-        positives and negatives to the same number these means replace.
-    """
-    with torch.autocast(anchors.device.type, enabled=False):
-        return _LogRatios.apply(anchors, samples, log_weights, groups, temperature, max_samples)
-
-
-# Anchors of a group that are multiplied with its samples at once. Groups differ much in size: in
-# blocks, a small one pads little.
-_BLOCK_ANCHORS = 16
-# Elements of the samples that are held at a time, once for each block that uses them. On a CPU few,
-# to stay in the cache.
-_CHUNK_ELEMENTS = 1 << 24
-_CPU_CHUNK_ELEMENTS = 1 << 20
-
-
-class _LogRatios(Function):
-    """Computes the values and, where asked for, their gradients in the forward pass."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        anchors: Tensor,
-        samples: Tensor,
-        log_weights: Tensor,
-        groups: Groups,
-        temperature: float,
-        max_samples: int,
-    ) -> Tensor:
-        num_anchors, width = anchors.shape
-        # The padding of blocks is written to one more row, which is cut off.
-        values = anchors.new_empty(num_anchors + 1)
-        gradients = anchors.new_empty(num_anchors + 1, width)
-        group_of_block, members = _blocks(groups.anchors, num_anchors)
-        elements = _CPU_CHUNK_ELEMENTS if anchors.device.type == "cpu" else _CHUNK_ELEMENTS
-        size = max(1, elements // (max_samples * width))
-        for group, member in zip(group_of_block.split(size), members.split(size), strict=True):
-            block = anchors[member.clamp(max=num_anchors - 1)] / temperature
-            negatives, away = _log_mean_exp(
-                block, samples, None, _at(groups.negatives, group), max_samples
-            )
-            positives, towards = _log_mean_exp(
-                block, samples, log_weights, _at(groups.positives, group), max_samples
-            )
-            values[member] = negatives - positives
-            gradients[member] = (away - towards) / temperature
-        ctx.save_for_backward(gradients[:-1])
-        return values[:-1]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("log_ratios cannot be differentiated twice: leave out create_graph.")
-        (gradients,) = ctx.saved_tensors
-        return gradients * grad[:, None], None, None, None, None, None
-
-
-def _blocks(anchors: Ranges, num_anchors: int) -> tuple[Tensor, Tensor]:
-    """Cuts the groups' anchors into blocks.
-
-    Returns:
-        (M,) int64 group and (M, block) int64 anchors of each block; A for its padding.
-    """
-    size = _BLOCK_ANCHORS
-    num_groups = len(anchors.size)
-    # At least as many blocks as there are: to know their number the host would have to wait.
-    bound = (num_anchors + num_groups * (size - 1)) // size
-    per_group = _runs((anchors.size + size - 1).div(size, rounding_mode="floor"))
-    group, rank = _expand(per_group, bound)
-    group.clamp_(max=num_groups - 1)
-    within = rank[:, None] * size + torch.arange(size, device=group.device)
-    run = _at(anchors, group)
-    members = run.first[:, None] + within
-    return group, members.masked_fill(within >= run.size[:, None], num_anchors)
-
-
-def _log_mean_exp(
-    block: Tensor, samples: Tensor, log_weights: Tensor | None, run: Ranges, max_samples: int
-) -> tuple[Tensor, Tensor]:
-    """log mean_x w_x e^{a.x} over the samples of each block, and its gradient in a.
-
-    Args:
-        block: (M, block, D) anchors, over the temperature.
-        samples: (R, D).
-        log_weights: (R,) log w; None for w = 1.
-        run: the samples of each block.
-        max_samples: S, at least their number.
-
-    Returns:
-        (M, block) and (M, block, D).
-    """
-    rank = torch.arange(max_samples, device=block.device)
-    outside = rank >= run.size[:, None]
-    place = (run.first[:, None] + rank).masked_fill(outside, 0)
-    bias = samples.new_zeros(()).expand(place.shape) if log_weights is None else log_weights[place]
-    bias = bias.masked_fill(outside, -torch.inf)
-    chosen = samples.index_select(0, place.flatten()).view(*place.shape, samples.shape[1])
-    scores = torch.baddbmm(bias[:, None], block, chosen.mT)
-    log_sum = scores.logsumexp(dim=2, keepdim=True)
-    mean = scores.sub_(log_sum).exp_() @ chosen
-    return log_sum.squeeze(2) - run.size.to(scores.dtype).log()[:, None], mean
-
-
 def _places_in_sets(outcomes: Outcomes, sets: Ranges, number: Tensor, rank: Tensor) -> Tensor:
     """Where in the order of pixels the samples of each set lie.
 
@@ -604,26 +384,6 @@ def _places_in_sets(outcomes: Outcomes, sets: Ranges, number: Tensor, rank: Tens
     place = first[image * classes] + step
     place = place + torch.where(place >= first[own], correct[own], 0)
     return torch.where(number < len(correct), first[own] + rank, place)
-
-
-def _runs(sizes: Tensor) -> Ranges:
-    """Runs of the given sizes, one after the other."""
-    return Ranges(sizes.cumsum(dim=0) - sizes, sizes)
-
-
-def _at(ranges: Ranges, index: Tensor) -> Ranges:
-    """The ranges at the given numbers."""
-    return Ranges(ranges.first[index], ranges.size[index])
-
-
-def _expand(runs: Ranges, total: int) -> tuple[Tensor, Tensor]:
-    """The run that each of `total` places lies in, and the place's rank in it.
-
-    Places beyond the last run have the number of runs for theirs, and rank on in the last one.
-    """
-    place = torch.arange(total, device=runs.size.device)
-    run = torch.searchsorted(runs.first + runs.size, place, right=True)
-    return run, place - runs.first[run.clamp(max=len(runs.size) - 1)]
 
 
 def _image_and_pixel(pixels: Tensor, area: int) -> tuple[Tensor, Tensor]:

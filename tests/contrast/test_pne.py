@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contrast_d2.contrast import PNE, MultiScaleProjector
-from contrast_d2.contrast import pne as pne_module
-from contrast_d2.contrast.pne import Groups, Ranges, log_ratios
+from contrast_d2.contrast import log_ratios as log_ratios_module
+from contrast_d2.contrast.log_ratios import Groups, log_ratios
+from contrast_d2.contrast.ranges import Ranges
 
 from ..helpers import HostWaits
 
@@ -286,16 +287,16 @@ def test_blocks_and_chunks_do_not_matter(monkeypatch, block: int, chunk: int) ->
         return ratios, torch.autograd.grad((ratios * slopes).sum(), anchors)[0]
 
     expected = value_and_gradient()
-    monkeypatch.setattr(pne_module, "_BLOCK_ANCHORS", block)
-    monkeypatch.setattr(pne_module, "_CPU_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(log_ratios_module, "_BLOCK_ANCHORS", block)
+    monkeypatch.setattr(log_ratios_module, "_CPU_CHUNK_ELEMENTS", chunk)
     torch.testing.assert_close(value_and_gradient(), expected)
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 64])
 def test_every_anchor_is_in_one_block_of_its_group(monkeypatch, size: int) -> None:
-    monkeypatch.setattr(pne_module, "_BLOCK_ANCHORS", size)
+    monkeypatch.setattr(log_ratios_module, "_BLOCK_ANCHORS", size)
     anchors = random_groups()[3].anchors
-    groups, members = pne_module._blocks(anchors, 40)
+    groups, members = log_ratios_module._blocks(anchors, 40)
     found = [
         (member, group)
         for group, block in zip(groups.tolist(), members.tolist(), strict=True)
