@@ -42,6 +42,7 @@ TERMS = {
     "pixel": ["p2"],
     "pixel_boundary": ["p2"],
     "pixel_memory": ["p2"],
+    "pixel_memory_semi_hard": ["p2"],
     "pixel_release": ["p2"],
     "pne": ["pre_logits"],
 }
@@ -312,7 +313,7 @@ def test_ms_cs_release_is_as_released() -> None:
 
 def test_pixel_contrast_is_as_in_the_paper() -> None:
     # Wang et al., ICCV 2021, sections 3.2 and 3.3.
-    contrast = meta_model(load("configs/camvid/semfpn_r18_pixel_memory_6k.py")).contrast
+    contrast = meta_model(load("configs/camvid/semfpn_r18_pixel_memory_semi_hard_6k.py")).contrast
     sampler, memory, pairs = contrast.sampler, contrast.memory, contrast.pairs
     assert (sampler.balance, sampler.max_per_group, sampler.min_pixels) == ("class", 50, 1)
     assert (sampler.hard_share, sampler.rest) == (0.5, "random")

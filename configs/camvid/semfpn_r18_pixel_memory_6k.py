@@ -1,5 +1,4 @@
-"""CamVid, Semantic FPN on ResNet-18, pixel contrast with the memory bank and semi-hard
-pairs. One GPU.
+"""CamVid, Semantic FPN on ResNet-18, pixel contrast with a memory bank. One GPU.
 
 python train_net.py --config-file configs/camvid/semfpn_r18_pixel_memory_6k.py
 

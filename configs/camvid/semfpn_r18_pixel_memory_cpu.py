@@ -1,4 +1,4 @@
-"""CamVid on a CPU: as its baseline, with pixel contrast with the memory bank and semi-hard pairs.
+"""CamVid on a CPU: as its baseline, with pixel contrast with a memory bank.
 
 python train_net.py --config-file configs/camvid/semfpn_r18_pixel_memory_cpu.py
 """

@@ -1,5 +1,6 @@
-"""Pixel contrast, as the ICCV 2021 paper states it, without (`pixel`) and with its memory
-(`pixel_memory`), and as its release does it, without memory (`pixel_release`).
+"""Pixel contrast with the anchors of the ICCV 2021 paper, within the batch (`pixel`), with a memory
+bank (`pixel_memory`), and with the paper's semi-hard pairs as well (`pixel_memory_semi_hard`); and
+as its release does it, without memory (`pixel_release`).
 
 They tap the finest map of a feature pyramid, which like the paper's joins all stages at stride 4;
 files of other decoders name another. Budgets are for the images of one process."""
@@ -52,7 +53,12 @@ pixel_memory.memory = L(MemoryBank)(
 )
 # The paper sets no bound. All keys of 19 classes would be 190,000.
 pixel_memory.memory_per_class = 2000
-pixel_memory.pairs = L(SemiHardPairs)(fraction=0.1, max_positives=1024, max_negatives=2048)
+
+# Early in training this choice can draw all embeddings to one point; see docs/methods.md.
+pixel_memory_semi_hard = deepcopy(pixel_memory)
+pixel_memory_semi_hard.pairs = L(SemiHardPairs)(
+    fraction=0.1, max_positives=1024, max_negatives=2048
+)
 
 pixel_release = deepcopy(pixel)
 pixel_release.sampler.balance = "image_class"

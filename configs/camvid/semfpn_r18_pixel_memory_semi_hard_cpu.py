@@ -1,0 +1,14 @@
+"""CamVid on a CPU: as its baseline, with pixel contrast, a memory bank and semi-hard pairs.
+
+python train_net.py --config-file configs/camvid/semfpn_r18_pixel_memory_semi_hard_cpu.py
+"""
+
+from ..common.contrast.pixel import pixel_memory_semi_hard as _contrast
+from .semfpn_r18_base_cpu import dataloader, dataset, lr_multiplier, model, optimizer, train
+
+model.contrast = _contrast
+model.contrast.warmup_iters = 188
+model.contrast.memory.regions_per_class = 367  # training images
+model.contrast.memory.pixels_per_class = 3670
+model.contrast.memory_per_class = 200
+train.output_dir = "output/camvid/semfpn_r18_pixel_memory_semi_hard_cpu"
