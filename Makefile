@@ -49,7 +49,7 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
-# On a machine that does nothing else; about ten minutes. Broken promises are told at the end.
+# On a machine that does nothing else; about half an hour. Broken promises are told at the end.
 bench: $(READY)
 	$(BIN)/python tools/benchmark.py growth --output results/performance_growth.json
 	$(BIN)/python tools/benchmark.py projection --output results/performance_projection.json
