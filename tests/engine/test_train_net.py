@@ -55,11 +55,11 @@ def train(output_dir: Path, *extra: str, flags: tuple[str, ...] = (), config: st
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def kill(output_dir: Path, moment: str, iteration: int, *extra: str, config: str = CONFIG) -> None:
+def kill(output_dir: Path, moment: str, iteration: int, *flags: str, config: str = CONFIG) -> None:
     result = run(
         moment,
         str(iteration),
-        *("--config-file", config, *SMALL, f"train.output_dir={output_dir}", *extra),
+        *("--config-file", config, *flags, *SMALL, f"train.output_dir={output_dir}"),
         script="tests/engine/killed_run.py",
     )
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
