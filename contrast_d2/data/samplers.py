@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,13 +22,18 @@ class ResumableTrainingSampler(Sampler):
     Args:
         size: number of samples in the dataset.
         seed: not negative, the same in every process.
-        shuffle: whether each epoch is a new permutation; otherwise 0..size-1 is repeated.
+        repeat_factors: how often an epoch holds each sample, 1 or more on average: the whole part
+            always, and once more with the fractional part as probability. None for once each.
+        shuffle: whether each epoch has an order of its own; otherwise indices ascend.
         start: first position of the global stream to draw.
         rank: this process, default: detectron2's.
         world_size: number of processes, default: detectron2's.
 
     Raises:
         ValueError: if an argument lies outside its range.
+
+    Reference: Gupta et al., "LVIS: A Dataset for Large Vocabulary Instance Segmentation", CVPR
+        2019, appendix B.2 (repeat factors).
     """
 
     def __init__(
@@ -36,6 +41,7 @@ class ResumableTrainingSampler(Sampler):
         size: int,
         *,
         seed: int,
+        repeat_factors: Sequence[float] | None = None,
         shuffle: bool = True,
         start: int = 0,
         rank: int | None = None,
@@ -49,17 +55,31 @@ class ResumableTrainingSampler(Sampler):
             raise ValueError(f"seed and start must not be negative, got {seed} and {start}")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must lie in 0..{self.world_size - 1}, got {self.rank}")
+        if repeat_factors is not None:
+            repeat_factors = np.asarray(repeat_factors, dtype=np.float64)
+            if repeat_factors.shape != (size,) or not (repeat_factors >= 1).all():
+                raise ValueError(
+                    f"repeat_factors must be {size} numbers of 1 or more, one per sample, got "
+                    f"{repeat_factors.tolist()}"
+                )
         self.size = size
         self.seed = seed
+        self.repeat_factors = repeat_factors
         self.shuffle = shuffle
         self.start = start
 
     def epoch_indices(self, epoch: int) -> list[int]:
-        """The dataset indices of one epoch, in order."""
-        if not self.shuffle:
-            return list(range(self.size))
+        """The dataset indices of one epoch, in order. With repeat factors epochs vary in length."""
         generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
-        return torch.randperm(self.size, generator=generator).tolist()
+        indices = np.arange(self.size)
+        if self.repeat_factors is not None:
+            whole = np.floor(self.repeat_factors)
+            chance = torch.rand(self.size, generator=generator, dtype=torch.float64).numpy()
+            more = chance < self.repeat_factors - whole
+            indices = np.repeat(indices, (whole + more).astype(np.int64))
+        if self.shuffle:
+            indices = indices[torch.randperm(len(indices), generator=generator).numpy()]
+        return indices.tolist()
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """Yields (position in the global stream, dataset index)."""

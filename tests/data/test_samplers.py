@@ -37,9 +37,32 @@ def test_without_shuffling_the_order_is_kept():
     assert [index for _, index in take(7, size=3, shuffle=False)] == [0, 1, 2, 0, 1, 2, 0]
 
 
+@pytest.mark.parametrize("factors", [None, [1, 2, 1.5, 3.25, 1, 1, 1.1, 1, 1, 1]])
 @pytest.mark.parametrize("start", [1, 9, 10, 11, 37])
-def test_start_continues_the_stream(start):
-    assert take(20, start=start) == take(60)[start : start + 20]
+def test_start_continues_the_stream(start, factors):
+    whole = take(60, repeat_factors=factors)
+    assert take(20, start=start, repeat_factors=factors) == whole[start : start + 20]
+
+
+def test_repeat_factors_are_met_on_average():
+    factors = [1, 2, 1.5, 3.25]
+    sampler = ResumableTrainingSampler(4, seed=0, repeat_factors=factors)
+    epochs = [np.bincount(sampler.epoch_indices(epoch), minlength=4) for epoch in range(2000)]
+    counts = np.stack(epochs)
+    assert set(counts[:, 0]) == {1} and set(counts[:, 1]) == {2}
+    assert set(counts[:, 2]) == {1, 2} and set(counts[:, 3]) == {3, 4}
+    # Standard errors of the means: 0.011 and 0.010.
+    assert counts.mean(0) == pytest.approx(factors, abs=0.05)
+    # The two roundings are drawn apart: together they are up in an eighth of the epochs.
+    assert (counts.sum(1) == 9).mean() == pytest.approx(1 / 8, abs=0.04)
+
+
+def test_repeated_samples_are_shuffled():
+    sampler = ResumableTrainingSampler(3, seed=0, repeat_factors=[4, 4, 4])
+    orders = {tuple(sampler.epoch_indices(epoch)) for epoch in range(5)}
+    assert len(orders) == 5
+    sampler = ResumableTrainingSampler(3, seed=0, repeat_factors=[1, 2, 1], shuffle=False)
+    assert sampler.epoch_indices(0) == sampler.epoch_indices(1) == [0, 1, 1, 2]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -55,6 +78,8 @@ def test_ranks_partition_the_stream(world_size):
         ({"size": 0}, "size 0"),
         ({"seed": -1}, "-1"),
         ({"start": -2}, "-2"),
+        ({"size": 2, "repeat_factors": [1.0]}, r"2 numbers .* got \[1.0\]"),
+        ({"size": 2, "repeat_factors": [1.0, 0.5]}, r"1 or more.* got \[1.0, 0.5\]"),
         ({"rank": 2, "world_size": 2}, "rank must lie in 0..1, got 2"),
     ],
 )
