@@ -31,6 +31,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_share(budget: int) -> int:
+    """This process's part of a budget for the whole batch, rounded up."""
+    return -(-budget // world_size())
+
+
 def gather_set(embeddings: Tensor, labels: Tensor) -> GatheredSet:
     """Joins the sets of all processes, which may differ in size.
 

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .distributed import process_share
 from .sampling import Balance, PixelDraw, draw_pixels, share_equally, sort_pixels
 
 Rest = Literal["random", "easy"]
@@ -44,13 +45,15 @@ class HardAnchorSampler:
     it rounds the hard half down, and more than 512 units, to which it gives a single anchor and
     then none. Here they give two each, more than `max_anchors` in all.
 
-    Budgets are for the images of one call, in distributed training those of one process. The host
-    waits for the device once per call, to learn how many anchors there are.
+    `max_anchors` is for the batch of all processes together, and each process applies an equal
+    share of it to its own images; the release's number is that of one process. The host waits for
+    the device once per call, to learn how many anchors there are.
 
     Args:
         num_classes: K.
         balance: the unit of balance.
-        max_anchors: most anchors per scale, unless units of two need more.
+        max_anchors: most anchors per scale, of all processes together, unless units of two need
+            more.
         max_per_group: most anchors per class (or pair). The paper draws 50 per class.
         min_pixels: classes (or pairs) with fewer pixels at a scale are not drawn at that scale.
         hard_share: of the anchors, in 0..1.
@@ -145,7 +148,8 @@ class HardAnchorSampler:
     def _capacity(self, label_map: Tensor) -> int:
         """The most anchors that the budgets allow."""
         units = self.num_classes * (1 if self.balance == "class" else len(label_map))
-        return min(max(self.max_anchors, _LEAST_PER_GROUP * units), label_map.numel())
+        budget = process_share(self.max_anchors)
+        return min(max(budget, _LEAST_PER_GROUP * units), label_map.numel())
 
     def _quotas(self, counts: Tensor) -> Tensor:
         """(S, K, B, 2) numbers of wrong and right pixels -> quotas of hard anchors and the rest."""
@@ -168,6 +172,6 @@ class HardAnchorSampler:
         """Anchors of each unit of balance: (S, ...) sizes -> (S, ...)."""
         eligible = counts >= self.min_pixels
         num_eligible = eligible.sum(dim=(1, 2), keepdim=True)
-        target = self.max_anchors // num_eligible.clamp(min=1)
+        target = process_share(self.max_anchors) // num_eligible.clamp(min=1)
         target = target.clamp(min=_LEAST_PER_GROUP).clamp(max=self.max_per_group)
         return counts.minimum(target).masked_fill(~eligible, 0)

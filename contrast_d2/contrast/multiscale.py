@@ -85,7 +85,7 @@ class MultiScaleContrast(ContrastMethod):
     unless `negatives` are given: then the negatives of an anchor are not the anchors of other
     classes but wrongly predicted pixels of other classes, drawn from the same map as its positives.
 
-    Budgets and means are those of one process, as in the release, unless `across_processes` is set
+    Anchors and means are those of one process, as in the release, unless `across_processes` is set
     here and in the sampler: then the anchors of all processes are contrasted with each other, and
     loss and gradients are those of one process with the global batch.
 

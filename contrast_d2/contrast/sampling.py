@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
+from .distributed import process_share
+
 Balance = Literal["class", "image_class"]
 
 
@@ -106,9 +108,12 @@ class BalancedSampler:
     `min_pixels` pixels are left out, and `floor` is the least that K (or V) sinks to: a class with
     fewer pixels than that gives what it has, while the others still give `floor`.
 
-    All budgets are for the images of one call. In distributed training, that is one process,
-    unless `across_processes` is set: then counts are summed over the processes, the budgets are for
-    the global batch, and each process draws the share of its own images.
+    `max_anchors` is for the batch of all processes together, so that a config means the same
+    number of anchors on any number of GPUs. What the paper states per GPU has to be multiplied by
+    its number of GPUs. By default each process applies an equal share of it to its own images,
+    though at least two anchors per class. With `across_processes` the pixel counts are summed over
+    the processes, the budgets are for the global batch, and each process draws the share of its own
+    images.
 
     The size of an ordinary draw depends on the labels, so the host waits for the device, once per
     call. With `fixed_size` it never waits: each scale gives min(`max_anchors`, B * h * w) slots,
@@ -120,11 +125,11 @@ class BalancedSampler:
     Args:
         num_classes: K.
         balance: the unit of balance.
-        max_anchors: most anchors per scale.
+        max_anchors: most anchors per scale, of all processes together.
         min_pixels: classes (or pairs) with fewer pixels at a scale are not drawn at that scale.
         max_per_group: most anchors per class (or pair); None for no such bound.
         floor: least anchors per class (or pair) that has so many pixels; 0 as in the paper.
-        across_processes: make the budgets for the global batch.
+        across_processes: balance the global batch, not the images of each process.
         fixed_size: pad the draws to a size that does not depend on the labels.
 
     Raises:
@@ -205,7 +210,8 @@ class BalancedSampler:
         self, label_maps: Sequence[Tensor], generator: torch.Generator | None
     ) -> list[PixelDraw]:
         pixels = sort_pixels(label_maps, self.num_classes)
-        capacities = [min(self.max_anchors, label_map.numel()) for label_map in label_maps]
+        budget = self._budget()
+        capacities = [min(budget, label_map.numel()) for label_map in label_maps]
         return draw_pixels(
             label_maps,
             pixels,
@@ -214,6 +220,12 @@ class BalancedSampler:
             generator,
             fixed_size=self.fixed_size,
         )
+
+    def _budget(self) -> int:
+        """Most anchors per scale of the images that are balanced together."""
+        if self.across_processes:
+            return self.max_anchors
+        return max(process_share(self.max_anchors), 2 * self.num_classes)
 
     def _quotas(self, counts: Tensor) -> Tensor:
         """How many pixels to draw from each group of this process: (S, K, B) -> (S, K, B)."""
@@ -238,7 +250,7 @@ class BalancedSampler:
         most = torch.iinfo(counts.dtype).max
         rarest = counts.masked_fill(~eligible, most).amin(dim=(1, 2), keepdim=True)
         target = rarest.clamp(min=self.floor, max=self.max_per_group)
-        target = target.minimum(self.max_anchors // num_eligible.clamp(min=1))
+        target = target.minimum(self._budget() // num_eligible.clamp(min=1))
         return counts.minimum(target).masked_fill(~eligible, 0)
 
 

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from contrast_d2.contrast import (
     BalancedSampler,
     BoundaryNegatives,
+    HardAnchorSampler,
     MultiScaleContrast,
     MultiScaleProjector,
 )
@@ -112,7 +113,23 @@ def run_rank() -> dict:
                 [labels[own_images("uneven")], labels[own_images("uneven")][:, ::2]]
             )
         ]
+    images = own_images("uneven")
+    results["shares"] = own_draws(labels[images], max_anchors=31)
     return results
+
+
+def own_draws(labels: Tensor, max_anchors: int) -> dict[str, list]:
+    """How many pixels samplers draw that balance the images of each process by themselves."""
+    samplers = {
+        "class": BalancedSampler(5, max_anchors=max_anchors, floor=99),
+        "fixed size": BalancedSampler(5, max_anchors=max_anchors, floor=99, fixed_size=True),
+        "image_class": BalancedSampler(5, balance="image_class", max_anchors=max_anchors, floor=99),
+        "least": BalancedSampler(5, max_anchors=10, floor=99),
+    }
+    draws = {name: sampler([labels])[0] for name, sampler in samplers.items()}
+    hard = HardAnchorSampler(5, max_anchors=max_anchors)
+    draws["hard"] = hard([labels], [torch.zeros_like(labels)])[0]
+    return {name: [len(draw.labels), count_draw(draw)] for name, draw in draws.items()}
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +167,14 @@ def test_draws_share_the_global_budget(ranks: list[dict], index: int) -> None:
     for draw, first, second in zip(one, ranks[0][index], ranks[1][index], strict=True):
         shifted = {(label, image + first_image): n for (label, image), n in second.items()}
         assert {**first, **shifted} == dict(count_draw(draw))
+
+
+def test_a_budget_is_shared_by_the_processes(ranks: list[dict]) -> None:
+    _, _, labels = make_batch("none")
+    first_image = SPLITS["uneven"][0]
+    for rank, images in enumerate([slice(first_image), slice(first_image, None)]):
+        shares = ranks[rank]["shares"]
+        assert shares == own_draws(labels[images], max_anchors=16)  # half of 31, rounded up
+        assert shares["class"][0] in range(12, 17)
+        assert shares["fixed size"][0] == 16
+        assert shares["least"][0] >= 8  # two of each class that is there, not one

@@ -1,5 +1,6 @@
 """Multi- and cross-scale contrast, as the ECCV 2022 paper states it (`ms_cs`) and as its release
-does it (`ms_cs_release`). Budgets are for the images of one process.
+does it (`ms_cs_release`). `max_anchors` is for the whole batch; the
+paper's 10,000 is for the images of one of its four GPUs.
 
 Experiment files import them with an underscore: any other name in such a file is a key of its
 config, and would take overrides there that change nothing."""
@@ -34,7 +35,7 @@ ms_cs = L(MultiScaleContrast)(
     weight=0.1,
     cross_weight=0.1,
     temperature=0.1,
-    # True contrasts the anchors of all processes, with budgets for the global batch.
+    # True contrasts the anchors of all processes.
     across_processes=False,
     # "sampled" projects the drawn pixels alone; batch norms then take norm_statistics="map" (of the
     # whole map, as in dense projection) or "draw".
