@@ -1,69 +1,47 @@
-"""Segmentation losses, safe where a crop has no valid pixel.
+"""The losses of a decoder's output, and sums of losses.
 
 Shape letters: B images, K classes, H W size of the labels, h w size of the logits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .structures import SegOutput
+from ..structures import SegOutput
 
 
-def cross_entropy(
-    logits: Tensor, labels: Tensor, *, ignore_label: int = 255, weight: Tensor | None = None
-) -> Tensor:
-    """Mean pixel cross entropy over the valid pixels, and 0 where there is none.
-
-    `torch.nn.functional.cross_entropy` gives nan for a crop whose pixels are all ignored.
+class LossSum(nn.Module):
+    """The weighted sum of losses of the same logits.
 
     Args:
-        logits: (B, K, H, W).
-        labels: (B, H, W) int64 classes or `ignore_label`.
-        ignore_label: pixels with this label do not count.
-        weight: (K,) weight of each class; the mean is then the weighted one.
+        losses: by name, each (logits, labels) -> scalar.
+        weights: factor of each; 1 where none is given.
 
-    Returns:
-        0-dim tensor, connected to the graph.
-    """
-    total = F.cross_entropy(
-        logits, labels, weight=weight, ignore_index=ignore_label, reduction="sum"
-    )
-    valid = labels != ignore_label
-    if weight is None:
-        return total / valid.sum().clamp(min=1)
-    norm = torch.where(valid, weight[labels.where(valid, 0)], 0).sum()
-    return total / torch.where(norm > 0, norm, 1)
-
-
-class CrossEntropyLoss(nn.Module):
-    """`cross_entropy` with its settings.
-
-    Args:
-        ignore_label: pixels with this label do not count.
-        class_weights: K weights, or None for equal ones.
+    Raises:
+        ValueError: no losses, or a weight without loss or below 0.
     """
 
     def __init__(
-        self, *, ignore_label: int = 255, class_weights: Sequence[float] | None = None
+        self, losses: Mapping[str, nn.Module], weights: Mapping[str, float] | None = None
     ) -> None:
         super().__init__()
-        self.ignore_label = ignore_label
-        weight = None if class_weights is None else torch.tensor([float(w) for w in class_weights])
-        self.register_buffer("weight", weight, persistent=False)
+        weights = dict(weights or {})
+        if not losses:
+            raise ValueError("losses is empty: name at least one.")
+        for name, weight in weights.items():
+            if name not in losses:
+                raise ValueError(f"weights names {name!r}, which is none of {list(losses)}.")
+            if not weight >= 0:
+                raise ValueError(f"weights[{name!r}]={weight}: must be 0 or more.")
+        self.losses = nn.ModuleDict(losses)
+        self.weights = {name: weights.get(name, 1.0) for name in losses}
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Args: logits (B, K, H, W), labels (B, H, W). Returns a 0-dim tensor."""
-        if self.weight is not None and len(self.weight) != logits.shape[1]:
-            raise ValueError(
-                f"class_weights has {len(self.weight)} entries for {logits.shape[1]} classes: "
-                "give one per class."
-            )
-        return cross_entropy(logits, labels, ignore_label=self.ignore_label, weight=self.weight)
+        return sum(self.weights[name] * loss(logits, labels) for name, loss in self.losses.items())
 
 
 class SegLoss(nn.Module):
