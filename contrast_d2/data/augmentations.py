@@ -7,12 +7,13 @@ from numpy's global state, detectron2's convention, so that seeding it fixes the
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import NoOpTransform, PadTransform, Transform
-from PIL import Image
+from PIL import Image, ImageFilter
 from torchvision.transforms import functional as tvf
 
 from .labels import IGNORE_LABEL
@@ -92,6 +93,77 @@ class RandomPad(T.Augmentation):
         )
 
 
+class ReflectPad(T.Augmentation):
+    """Pads an image to multiples of a number, mirroring it and its labels at the edges.
+
+    Args:
+        multiple: what height and width become multiples of, in pixels. An odd row or column of
+            padding goes to the bottom or right.
+
+    Raises:
+        ValueError: if multiple is no positive integer.
+    """
+
+    def __init__(self, multiple: int) -> None:
+        super().__init__()
+        if int(multiple) != multiple or multiple < 1:
+            raise ValueError(f"multiple must be a positive integer, got {multiple}")
+        self.multiple = int(multiple)
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """The padding of the image; nothing is drawn."""
+        pads = [(-size % self.multiple) for size in image.shape[:2]]
+        if pads == [0, 0]:
+            return NoOpTransform()
+        return ReflectPadTransform(*((pad // 2, pad - pad // 2) for pad in pads))
+
+
+class ReflectPadTransform(Transform):
+    """Mirrors pixels and labels at the edges; the outermost pixels are not repeated.
+
+    Args:
+        rows: number of rows to add at top and bottom.
+        columns: number of columns to add at left and right.
+    """
+
+    def __init__(self, rows: tuple[int, int], columns: tuple[int, int]) -> None:
+        super().__init__()
+        self.rows, self.columns = rows, columns
+
+    def apply_image(self, img: np.ndarray) -> np.ndarray:
+        """Pads an image (H, W) or (H, W, C), and label maps alike."""
+        channels = [(0, 0)] * (img.ndim - 2)
+        return np.pad(img, [self.rows, self.columns, *channels], mode="reflect")
+
+    def apply_coords(self, coords: np.ndarray) -> np.ndarray:
+        """Moves (N, 2) points (x, y) along with the image."""
+        return coords + np.array([self.columns[0], self.rows[0]], dtype=coords.dtype)
+
+
+class RandomGaussianBlur(T.Augmentation):
+    """Blurs some images.
+
+    Args:
+        probability: of a blur, in 0..1.
+        radius: range of the standard deviation of the Gaussian in pixels, uniform.
+
+    Raises:
+        ValueError: if probability lies outside 0..1, or radius is not 0 < low <= high.
+    """
+
+    def __init__(self, probability: float, radius: Sequence[float]) -> None:
+        super().__init__()
+        self.probability = _checked_probability("probability", probability)
+        self.radius = _checked_range("radius", radius)
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        """Draws a blur of the image, or none."""
+        if np.random.uniform() >= self.probability:
+            return NoOpTransform()
+        blur = ImageFilter.GaussianBlur(np.random.uniform(*self.radius))
+        return T.PILColorTransform(lambda pil_image: pil_image.filter(blur))
+
+
 class ColorJitter(T.Augmentation):
     """Changes brightness, contrast, saturation and hue, in random order, of an RGB uint8 image.
 
@@ -140,6 +212,7 @@ class ColorJitter(T.Augmentation):
 def train_augmentations(
     crop_size: Sequence[int],
     *,
+    short_side: int | None = None,
     scale: Sequence[float] = (0.5, 2.0),
     aspect: Sequence[float] | None = (0.9, 1.1),
     max_class_area: float = 0.75,
@@ -155,6 +228,8 @@ def train_augmentations(
 
     Args:
         crop_size: (height, width) of the result in pixels.
+        short_side: what the shorter side of every image is resized to before the random scale, in
+            pixels, or None to start from the image's own size.
         scale: range of the scale factor.
         aspect: range of the change of the aspect ratio, or None to keep it.
         max_class_area: largest share of one class in the labelled pixels of the crop, in (0, 1];
@@ -176,8 +251,7 @@ def train_augmentations(
     crop_size = _checked_size("crop_size", crop_size)
     if not 0 < max_class_area <= 1:
         raise ValueError(f"max_class_area must lie in (0, 1], got {max_class_area}")
-    if not 0 <= flip <= 1:
-        raise ValueError(f"flip is a probability and must lie in 0..1, got {flip}")
+    _checked_probability("flip", flip)
     augmentations: list[T.Augmentation] = [
         RandomScale(scale, aspect),
         RandomPad(crop_size, pad_value, ignore_label),
@@ -189,15 +263,60 @@ def train_augmentations(
         ),
         T.RandomFlip(flip),
     ]
+    if short_side is not None:
+        if int(short_side) != short_side or short_side < 1:
+            raise ValueError(f"short_side must be a positive integer or None, got {short_side}")
+        augmentations.insert(0, T.ResizeShortestEdge(int(short_side), max_size=sys.maxsize))
     if jitter:
         augmentations.append(ColorJitter())
     return augmentations
+
+
+def full_frame_augmentations(
+    *,
+    multiple: int = 32,
+    flip: float = 0.5,
+    blur: float = 0.05,
+    blur_radius: Sequence[float] = (3.0, 6.0),
+) -> list[T.Augmentation]:
+    """The training augmentations of CaDIS, whose frames are neither scaled nor cropped.
+
+    Mirroring at the edges to a size that the network divides (540x960 to 544x960), horizontal
+    flip, rare Gaussian blur, colour jitter.
+
+    Args:
+        multiple: what height and width become multiples of.
+        flip: probability of the horizontal flip.
+        blur: probability of the blur.
+        blur_radius: range of its standard deviation in pixels.
+
+    Returns:
+        The augmentations, in order.
+
+    Raises:
+        ValueError: if an argument lies outside its range.
+
+    Reference: Pissas et al., "Effective Semantic Segmentation in Cataract Surgery: What Matters
+        Most?", MICCAI 2021, training settings of its release.
+    """
+    return [
+        ReflectPad(multiple),
+        T.RandomFlip(_checked_probability("flip", flip)),
+        RandomGaussianBlur(blur, blur_radius),
+        ColorJitter(),
+    ]
 
 
 def _checked_range(name: str, value: Sequence[float]) -> tuple[float, float]:
     if len(value) != 2 or not 0 < value[0] <= value[1]:
         raise ValueError(f"{name} must be a range (low, high) with 0 < low <= high, got {value}")
     return float(value[0]), float(value[1])
+
+
+def _checked_probability(name: str, value: float) -> float:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} is a probability and must lie in 0..1, got {value}")
+    return float(value)
 
 
 def _checked_size(name: str, value: Sequence[int]) -> tuple[int, int]:

@@ -1,199 +1,243 @@
-"""The built-in datasets: one table, registered in detectron2's catalogs by one loop.
+"""The datasets: one table, registered in detectron2's catalogs by one loop.
 
-A new dataset is one more row of ``DATASETS``. Files are looked up under the folder that the
-environment variable ``DETECTRON2_DATASETS`` names, when the dataset is first loaded.
+A new built-in dataset is one more row of ``DATASETS``: its classes are a file in ``catalog/``, its
+files are listed by a function in ``sources``. A folder with a ``dataset.json`` needs no row.
 """
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from omegaconf import OmegaConf
 
-from . import shapes
+from . import shapes, sources
+from .classes import Classes, distinct_colors, parse_classes, read_json
+from .files import Record, datasets_root
+from .folder import FILE_NAME, load_folder_split, read_folder
 from .labels import IGNORE_LABEL
 
-_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-_LABEL_SUFFIX = ".png"
+CATALOG = Path(__file__).parent / "catalog"
 
-# EXIF tag 274, orientation: these values swap width and height. detectron2 turns such images
-# upright when it reads them.
-_EXIF_ORIENTATION, _EXIF_TRANSPOSED = 274, (5, 6, 7, 8)
+# detectron2 registers Cityscapes and ADE20K from here, at its import.
+_BUILTIN = "detectron2.data.datasets.builtin"
 
-
-class Classes(NamedTuple):
-    """The classes of a dataset, in contiguous order, and how its label files encode them."""
-
-    names: tuple[str, ...]
-    colors: tuple[tuple[int, int, int], ...]
-    """RGB, 0..255, of each class."""
-    ids: tuple[int, ...]
-    """The value of each class in the label files."""
-    void_ids: tuple[int, ...]
-    """Values in the label files that mean "not labelled"."""
+_SEPARATOR = "_sem_seg_"
 
 
 class Dataset(NamedTuple):
     """One row of the table."""
 
     name: str
-    load: Callable[[], list[dict[str, Any]]]
+    load: Callable[[], list[Record]]
     """Returns the records, in detectron2's dataset format."""
     classes: Classes
+    contiguous_labels: bool = False
+    """Whether the label files hold contiguous ids and IGNORE_LABEL for void, as detectron2's own
+    entries expect. ``classes.ids`` are then only what predictions are written with."""
 
 
-def load_folders(*folders: tuple[str, str]) -> list[dict[str, Any]]:
-    """Lists the images of one or more folders together with their label files.
-
-    ``NAME.jpg`` (or .jpeg, .png) belongs to ``NAME.png`` of the label folder.
-
-    Args:
-        folders: pairs of an image and a label folder, relative to ``$DETECTRON2_DATASETS``
-            (default: ``datasets``), which is read now.
-
-    Returns:
-        One record per image, sorted by name within each folder, with ``file_name``,
-        ``sem_seg_file_name``, ``height`` and ``width`` (pixels) and ``image_id`` (the NAME).
-
-    Raises:
-        ValueError: if a folder is missing or holds no image, or an image cannot be read or has
-            no label file.
-    """
-    root = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
-    hint = f"Set DETECTRON2_DATASETS (now {root!r}) to the folder that holds the datasets"
-    records = []
-    for image_folder, label_folder in folders:
-        image_dir, label_dir = os.path.join(root, image_folder), os.path.join(root, label_folder)
-        for path in (image_dir, label_dir):
-            if not PathManager.isdir(path):
-                raise ValueError(f"The dataset folder {path} does not exist. {hint}")
-        images = [n for n in sorted(PathManager.ls(image_dir)) if n.endswith(_IMAGE_SUFFIXES)]
-        if not images:
-            raise ValueError(f"The dataset folder {image_dir} holds no images. {hint}")
-        labels = set(PathManager.ls(label_dir))
-        for name in images:
-            stem = os.path.splitext(name)[0]
-            if stem + _LABEL_SUFFIX not in labels:
-                raise ValueError(
-                    f"The image {os.path.join(image_dir, name)} has no label file "
-                    f"{os.path.join(label_dir, stem + _LABEL_SUFFIX)}: add it or remove the image "
-                    f"(DETECTRON2_DATASETS is {root!r})"
-                )
-            file_name = os.path.join(image_dir, name)
-            height, width = _image_size(file_name)
-            records.append(
-                {
-                    "file_name": file_name,
-                    "sem_seg_file_name": os.path.join(label_dir, stem + _LABEL_SUFFIX),
-                    "image_id": stem,
-                    "height": height,
-                    "width": width,
-                }
-            )
-    return records
+def load_classes(name: str) -> Classes:
+    """Reads the classes of a built-in dataset from its file in ``catalog/``."""
+    path = CATALOG / f"{name}.json"
+    return parse_classes(read_json(str(path)), str(path))
 
 
-def _image_size(path: str) -> tuple[int, int]:
-    """Reads (height, width) from an image's header, as detectron2 will orient it."""
-    try:
-        with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            width, height = image.size
-            orientation = image.getexif().get(_EXIF_ORIENTATION)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Cannot read the image {path}: {error}") from error
-    return (width, height) if orientation in _EXIF_TRANSPOSED else (height, width)
+def camvid_original_classes() -> Classes:
+    """CamVid's 11 classes, in label files that hold positions in its list of 32 labels."""
+    labels = read_json(str(CATALOG / "camvid_labels.json"))["labels"]
+    by_class: dict[str | None, list[int]] = {}
+    for position, label in enumerate(labels):
+        by_class.setdefault(label["class"], []).append(position)
+    return CAMVID._replace(
+        ids=tuple(tuple(by_class[name]) for name in CAMVID.names), void_ids=tuple(by_class[None])
+    )
 
 
-# Brostow et al., "Semantic Object Classes in Video", Pattern Recognition Letters 2009: the colours
-# are the database's own. The reduction to 11 classes is that of Badrinarayanan et al., "SegNet",
-# PAMI 2017.
-CAMVID = Classes(
-    names=(
-        "Sky",
-        "Building",
-        "Pole",
-        "Road",
-        "Pavement",
-        "Tree",
-        "SignSymbol",
-        "Fence",
-        "Car",
-        "Pedestrian",
-        "Bicyclist",
-    ),
-    colors=(
-        (128, 128, 128),
-        (128, 0, 0),
-        (192, 192, 128),
-        (128, 64, 128),
-        (0, 0, 192),
-        (128, 128, 0),
-        (192, 128, 128),
-        (64, 64, 128),
-        (64, 0, 128),
-        (64, 64, 0),
-        (0, 128, 192),
-    ),
-    ids=tuple(range(11)),
-    void_ids=(11,),
-)
+def _ade20k_classes() -> Classes:
+    names = tuple(MetadataCatalog.get("ade20k_sem_seg_train").stuff_classes)
+    ids = tuple((k + 1,) for k in range(len(names)))
+    return Classes(names, distinct_colors(len(names)), ids, void_ids=(0,))
 
+
+def _without_background(classes: Classes) -> Classes:
+    """The same label files with their first class as void."""
+    return Classes(classes.names[1:], classes.colors[1:], classes.ids[1:], void_ids=classes.ids[0])
+
+
+def _less_one(classes: Classes) -> Classes:
+    """The same classes in label files whose values are lower by one, and 255 for void."""
+    ids = tuple(tuple(value - 1 for value in values) for values in classes.ids)
+    return classes._replace(ids=ids, void_ids=(IGNORE_LABEL,))
+
+
+CITYSCAPES = load_classes("cityscapes")
+ADE20K = _ade20k_classes()
+PASCAL_CONTEXT = load_classes("pascal_context")
+COCO_STUFF = load_classes("coco_stuff")
+CAMVID = load_classes("camvid")
+CAMVID_ORIGINAL = camvid_original_classes()
 SHAPES = Classes(
     names=shapes.CLASS_NAMES,
     colors=shapes.CLASS_COLORS,
-    ids=tuple(range(len(shapes.CLASS_NAMES))),
+    ids=tuple((k,) for k in range(len(shapes.CLASS_NAMES))),
     void_ids=(shapes.VOID_ID,),
 )
 
 
-def _camvid(*splits: str) -> Callable[[], list[dict[str, Any]]]:
-    folders = [(f"camvid/images/{split}", f"camvid/annotations/{split}") for split in splits]
-    return partial(load_folders, *folders)
+def _rows(
+    name: str,
+    classes: Classes,
+    load: Callable[..., list[Record]],
+    splits: dict[str, Sequence[str]],
+    contiguous_labels: bool = False,
+) -> list[Dataset]:
+    """One row per split; its arguments to ``load`` are the owner's names of the split's parts."""
+    return [
+        Dataset(f"{name}{_SEPARATOR}{split}", partial(load, *parts), classes, contiguous_labels)
+        for split, parts in splits.items()
+    ]
 
+
+_TRAIN_VAL = {"train": ["train"], "val": ["val"]}
+_TRAIN_VAL_TEST = {**_TRAIN_VAL, "test": ["test"]}
+_WITH_TRAINVAL = {**_TRAIN_VAL_TEST, "trainval": ["train", "val"]}
+_ADE20K_SPLITS = {"train": ["training"], "val": ["validation"]}
+_COCO_SPLITS = {"train": ["train2017"], "val": ["val2017"]}
 
 DATASETS = (
-    Dataset("camvid_sem_seg_train", _camvid("train"), CAMVID),
-    Dataset("camvid_sem_seg_val", _camvid("val"), CAMVID),
-    Dataset("camvid_sem_seg_test", _camvid("test"), CAMVID),
-    Dataset("camvid_sem_seg_trainval", _camvid("train", "val"), CAMVID),
-    Dataset("shapes_sem_seg_train", partial(shapes.load_shapes, "train"), SHAPES),
-    Dataset("shapes_sem_seg_val", partial(shapes.load_shapes, "val"), SHAPES),
+    *_rows("camvid", CAMVID, sources.camvid, _WITH_TRAINVAL),
+    *_rows("camvid_original", CAMVID_ORIGINAL, sources.camvid_original, _TRAIN_VAL_TEST),
+    *_rows("cityscapes_fine", CITYSCAPES, sources.cityscapes, _WITH_TRAINVAL, True),
+    *_rows("ade20k", ADE20K, sources.ade20k, _ADE20K_SPLITS, True),
+    *_rows("pascal_context_60", PASCAL_CONTEXT, sources.pascal_context, _TRAIN_VAL),
+    *_rows(
+        "pascal_context_59",
+        _without_background(PASCAL_CONTEXT),
+        sources.pascal_context,
+        _TRAIN_VAL,
+    ),
+    *_rows(
+        "coco_stuff_10k", COCO_STUFF, sources.coco_stuff_10k, {"train": ["train"], "test": ["test"]}
+    ),
+    *_rows("coco_stuff_164k", _less_one(COCO_STUFF), sources.coco_stuff_164k, _COCO_SPLITS),
+    *(
+        row
+        for task in (1, 2, 3)
+        for row in _rows(
+            f"cadis_task{task}", load_classes(f"cadis_task{task}"), sources.cadis, _TRAIN_VAL_TEST
+        )
+    ),
+    *_rows("shapes", SHAPES, shapes.load_shapes, _TRAIN_VAL),
 )
 
 
 def register_datasets(datasets: Iterable[Dataset] = DATASETS) -> None:
     """Registers datasets in detectron2's DatasetCatalog and MetadataCatalog.
 
-    A name that is already registered is left as it is, whoever registered it. Nothing is read
-    from disk.
+    A name that is already registered is left as it is, whoever registered it. The exception are
+    detectron2's own entries of Cityscapes and ADE20K: they keep their metadata and the meaning of
+    their label files, and get what they lack, colours and a list of files that is in the same
+    order everywhere. Nothing is read from disk.
 
     Args:
         datasets: rows to register.
     """
     for row in datasets:
         if row.name in DatasetCatalog:
-            continue
+            if getattr(DatasetCatalog[row.name], "__module__", None) != _BUILTIN:
+                continue
+            DatasetCatalog.remove(row.name)
         DatasetCatalog.register(row.name, row.load)
-        MetadataCatalog.get(row.name).set(
-            evaluator_type="sem_seg",
-            ignore_label=IGNORE_LABEL,
-            stuff_classes=list(row.classes.names),
-            stuff_colors=[list(color) for color in row.classes.colors],
-            stuff_dataset_id_to_contiguous_id={v: k for k, v in enumerate(row.classes.ids)},
-            void_dataset_ids=row.classes.void_ids,
+        metadata = MetadataCatalog.get(row.name)
+        present = metadata.as_dict()
+        new = {key: value for key, value in _metadata(row).items() if key not in present}
+        metadata.set(**new)
+
+
+def _metadata(row: Dataset) -> dict[str, Any]:
+    values = {
+        "evaluator_type": "sem_seg",
+        "ignore_label": IGNORE_LABEL,
+        "stuff_classes": list(row.classes.names),
+        "stuff_colors": [list(color) for color in row.classes.colors],
+        "stuff_dataset_id_to_contiguous_id": row.classes.id_to_class,
+        "class_groups": dict(row.classes.groups),
+    }
+    # Its presence says that label files hold other than contiguous ids; see LabelMap.
+    return values if row.contiguous_labels else {**values, "void_dataset_ids": row.classes.void_ids}
+
+
+def register_folder(path: str, name: str | None = None) -> list[str]:
+    """Registers the splits of a folder of images and label PNGs.
+
+    The folder holds a ``dataset.json``, see ``folder``. A folder in ``$DETECTRON2_DATASETS`` needs
+    no registration: its splits are found by their names.
+
+    Args:
+        path: of the folder.
+        name: start of the names; default: the folder's own name.
+
+    Returns:
+        The names, ``NAME_sem_seg_SPLIT``. Those that are registered already stay as they are.
+
+    Raises:
+        ValueError: if the description is missing or wrong.
+    """
+    path = os.path.abspath(os.path.expanduser(path))
+    name = name or os.path.basename(path)
+    description = read_folder(path)
+    rows = [
+        Dataset(
+            f"{name}{_SEPARATOR}{split}",
+            partial(load_folder_split, path, split),
+            description.classes,
         )
+        for split in description.splits
+    ]
+    register_datasets(rows)
+    return [row.name for row in rows]
 
 
 def check_registered(name: str) -> None:
-    """Raises ValueError, with the nearest names, if no dataset is registered under a name."""
+    """Raises ValueError, with the nearest names, if there is no dataset of a name.
+
+    Registers ``FOLDER_sem_seg_SPLIT`` when ``$DETECTRON2_DATASETS/FOLDER`` has a ``dataset.json``.
+    """
     if name in DatasetCatalog:
         return
-    nearest = difflib.get_close_matches(name, list(DatasetCatalog.keys()), n=3)
-    hint = f"did you mean {' or '.join(nearest)}?" if nearest else "see DatasetCatalog.list()"
+    known = list(DatasetCatalog.keys())
+    folder = os.path.join(datasets_root(), name.rpartition(_SEPARATOR)[0])
+    hint = "see DatasetCatalog.list()"
+    if _SEPARATOR in name:
+        if PathManager.isfile(os.path.join(folder, FILE_NAME)):
+            known += (found := register_folder(folder))
+            if name in found:
+                return
+        hint = f"put a {FILE_NAME} into {folder}, or see DatasetCatalog.list()"
+    if nearest := difflib.get_close_matches(name, known, n=3):
+        hint = f"did you mean {' or '.join(nearest)}?"
     raise ValueError(f"Dataset {name!r} is not registered: {hint}")
+
+
+def num_classes(dataset: str | Sequence[str]) -> int:
+    """Number of classes of a dataset, or of the first of several.
+
+    In experiment files, as ``"${num_classes:${dataset.train}}"``, it follows the dataset that the
+    command line chooses.
+
+    Raises:
+        ValueError: if the dataset is not registered.
+    """
+    name = dataset if isinstance(dataset, str) else dataset[0]
+    check_registered(name)
+    return len(MetadataCatalog.get(name).stuff_classes)
+
+
+OmegaConf.register_new_resolver("num_classes", num_classes, replace=True)

@@ -30,7 +30,7 @@ sys.addaudithook(
 )
 import contrast_d2.data
 from detectron2.data import DatasetCatalog, MetadataCatalog
-names = [n for n in DatasetCatalog.list() if n.startswith(("camvid", "shapes"))]
+names = [n for n in DatasetCatalog.list() if n.startswith(("camvid_sem", "shapes"))]
 print(json.dumps([opened, {{n: MetadataCatalog.get(n).stuff_classes for n in names}}]))
 """
     run = subprocess.run(
@@ -65,7 +65,7 @@ def test_rows_become_metadata(tiny_camvid):
     name = "rows_become_metadata"
     camvid = DATASETS[0]
     classes = camvid.classes._replace(
-        names=("road", "car"), colors=((1, 2, 3), (4, 5, 6)), ids=(3, 8), void_ids=(0, 255)
+        names=("road", "car"), colors=((1, 2, 3), (4, 5, 6)), ids=((3,), (8,)), void_ids=(0, 255)
     )
     register_datasets([camvid._replace(name=name, classes=classes)])
     try:

@@ -1,6 +1,6 @@
 """Cityscapes, 19 classes, 2048x1024: 2,975 training and 500 validation images.
 
-The entries and label files are detectron2's: `*_labelTrainIds.png`, as cityscapesscripts writes
+The label files are `*_labelTrainIds.png`: `python tools/prepare_dataset.py cityscapes` writes
 them."""
 
 from detectron2.data import MetadataCatalog

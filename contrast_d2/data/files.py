@@ -1,0 +1,187 @@
+"""Lists the images of a dataset together with their label files."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from detectron2.utils.file_io import PathManager
+from PIL import Image
+
+Record = dict[str, Any]
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+LABEL_SUFFIX = ".png"
+
+# EXIF tag 274, orientation: these values swap width and height. detectron2 turns such images
+# upright when it reads them.
+_EXIF_ORIENTATION, _EXIF_TRANSPOSED = 274, (5, 6, 7, 8)
+
+
+class Folders(NamedTuple):
+    """Where some images of a dataset and their label files lie.
+
+    An image ``NAME`` + image suffix belongs to the label file ``NAME`` + label suffix.
+    """
+
+    images: str
+    """Folder of the images, relative to the root."""
+    labels: str | None
+    """Folder of the label files, relative to the root; None for a split without labels."""
+    image_suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+    label_suffix: str = LABEL_SUFFIX
+    names: Sequence[str] | None = None
+    """Which images, without suffix; None takes all of the folder. Every one has to be there."""
+    missing_labels: str = "add it or remove the image"
+    """What to do where a label file is missing, for the message."""
+
+
+def datasets_root() -> str:
+    """The folder that ``DETECTRON2_DATASETS`` names now; ``datasets`` where it is not set."""
+    return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
+
+
+def root_hint(root: str) -> str:
+    """A sentence that says where the folders under a root are looked for."""
+    if root != datasets_root():
+        return f"Correct the folders that dataset.json of {root} names"
+    return f"Set DETECTRON2_DATASETS (now {root!r}) to the folder that holds the datasets"
+
+
+def pair_files(root: str, parts: Sequence[Folders]) -> list[Record]:
+    """Pairs images with label files by name, without opening any.
+
+    Args:
+        root: folder of all datasets.
+        parts: folders that make up the split, in order.
+
+    Returns:
+        One record per image, sorted by name within each part, with ``file_name``, ``image_id``
+        (the NAME) and, where the split has labels, ``sem_seg_file_name``.
+
+    Raises:
+        ValueError: if a folder, a listed image or a label file is missing, or there is no image.
+    """
+    return [record for part in parts for record in _pair_part(root, part)]
+
+
+def _pair_part(root: str, part: Folders) -> list[Record]:
+    image_dir = os.path.join(root, part.images)
+    images = _images_by_name(image_dir, part, root)
+    names = sorted(images) if part.names is None else part.names
+    for name in names:
+        if name not in images:
+            raise ValueError(
+                f"The dataset folder {image_dir} lacks the image {name}{part.image_suffixes[0]}, "
+                "which its split lists: is the download complete?"
+            )
+    records = [
+        {"file_name": os.path.join(image_dir, images[name]), "image_id": name} for name in names
+    ]
+    if part.labels is None:
+        return records
+    label_dir = os.path.join(root, part.labels)
+    if not PathManager.isdir(label_dir):
+        raise ValueError(
+            f"The dataset folder {label_dir} does not exist. {_labels_hint(part)}{root_hint(root)}"
+        )
+    labels = set(PathManager.ls(label_dir))
+    for record in records:
+        label = record["image_id"] + part.label_suffix
+        if label not in labels:
+            raise ValueError(
+                f"The image {record['file_name']} has no label file "
+                f"{os.path.join(label_dir, label)}: {part.missing_labels} (datasets are looked "
+                f"for in {root!r})"
+            )
+        record["sem_seg_file_name"] = os.path.join(label_dir, label)
+    return records
+
+
+def _labels_hint(part: Folders) -> str:
+    default = part.missing_labels == Folders._field_defaults["missing_labels"]
+    return "" if default else f"{part.missing_labels[0].upper()}{part.missing_labels[1:]}. "
+
+
+def _images_by_name(image_dir: str, part: Folders, root: str) -> dict[str, str]:
+    """NAME to file name of the images of a folder."""
+    if not PathManager.isdir(image_dir):
+        raise ValueError(f"The dataset folder {image_dir} does not exist. {root_hint(root)}")
+    images: dict[str, str] = {}
+    for file_name in sorted(PathManager.ls(image_dir)):
+        suffix = next((s for s in part.image_suffixes if file_name.endswith(s)), None)
+        if suffix is None or file_name.startswith("."):  # archives of macOS hold ._NAME files
+            continue
+        name = file_name[: -len(suffix)]
+        if name in images:
+            raise ValueError(
+                f"{image_dir} holds both {images[name]} and {file_name}, which have one label "
+                "file: remove one"
+            )
+        images[name] = file_name
+    if not images:
+        raise ValueError(f"The dataset folder {image_dir} holds no images. {root_hint(root)}")
+    return images
+
+
+def add_sizes(records: list[Record]) -> list[Record]:
+    """Adds ``height`` and ``width`` (pixels), read from the images' headers, to records.
+
+    Raises:
+        ValueError: if an image cannot be read. The message names it.
+    """
+    for record in records:
+        record["height"], record["width"] = _image_size(record["file_name"])
+    return records
+
+
+def load_folders(*folders: tuple[str, str]) -> list[Record]:
+    """Lists the images of one or more folders together with their label files.
+
+    ``NAME.jpg`` (or .jpeg, .png) belongs to ``NAME.png`` of the label folder.
+
+    Args:
+        folders: pairs of an image and a label folder, relative to ``$DETECTRON2_DATASETS``
+            (default: ``datasets``), which is read now.
+
+    Returns:
+        One record per image, sorted by name within each folder, with ``file_name``,
+        ``sem_seg_file_name``, ``height`` and ``width`` (pixels) and ``image_id`` (the NAME).
+
+    Raises:
+        ValueError: if a folder is missing or holds no image, or an image cannot be read or has
+            no label file.
+    """
+    return add_sizes(pair_files(datasets_root(), [Folders(*pair) for pair in folders]))
+
+
+def read_names(path: str) -> list[str]:
+    """Reads the names that a split file lists, one in each line.
+
+    Raises:
+        ValueError: if the file cannot be read, is empty or lists a name twice.
+    """
+    try:
+        with PathManager.open(path, "r") as file:
+            names = [line.split()[0] for line in file if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"Cannot read the split file {path}: {error}") from error
+    if not names:
+        raise ValueError(f"The split file {path} lists no image")
+    if len(set(names)) < len(names):
+        twice = [name for name, count in Counter(names).items() if count > 1][:3]
+        raise ValueError(f"The split file {path} lists images twice, as {', '.join(twice)}")
+    return names
+
+
+def _image_size(path: str) -> tuple[int, int]:
+    """Reads (height, width) from an image's header, as detectron2 will orient it."""
+    try:
+        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+            width, height = image.size
+            orientation = image.getexif().get(_EXIF_ORIENTATION)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"Cannot read the image {path}: {error}") from error
+    return (width, height) if orientation in _EXIF_TRANSPOSED else (height, width)
