@@ -19,7 +19,7 @@ from .structures import SegOutput
 
 __all__ = ["ContrastiveSegmentor", "SegOutput", "inference_state_dict", "is_training_only"]
 
-_CONTRAST_PREFIX = "contrast."
+_TRAINING_PREFIXES = ("contrast.", "seg_loss.")
 
 
 class ContrastiveSegmentor(SemanticSegmentor):
@@ -135,17 +135,19 @@ class ContrastiveSegmentor(SemanticSegmentor):
 
 
 def inference_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The weights that are left at test time: those of the model without its contrast method.
+    """The weights that are left at test time: without the contrast method's, and without those of
+    a segmentation loss that has parameters.
 
-    They load into the model that the same config builds with `model.contrast=None`.
+    They are all the weights of the model that the same config builds with `model.contrast=None`
+    and a loss without parameters.
     """
     state = model.state_dict()
     return {name: value for name, value in state.items() if not is_training_only(name)}
 
 
 def is_training_only(name: str) -> bool:
-    """Whether a name of the model's state belongs to the contrast method."""
-    return name.startswith(_CONTRAST_PREFIX)
+    """Whether a name of the model's state belongs to the contrast method or to a loss."""
+    return name.startswith(_TRAINING_PREFIXES)
 
 
 def _stack(tensors: list[Tensor], divisibility: int, fill: float = 0) -> Tensor:

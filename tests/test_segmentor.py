@@ -26,7 +26,7 @@ from contrast_d2.contrast import (
 )
 from contrast_d2.data import SemSegMapper
 from contrast_d2.decoders import FCNDecoder, SemSegFPNDecoder
-from contrast_d2.losses import CrossEntropyLoss, SegLoss
+from contrast_d2.losses import AdaptiveAffinityLoss, CrossEntropyLoss, SegLoss
 from contrast_d2.segmentor import ContrastiveSegmentor, inference_state_dict
 
 from .backbones.rows import NAMES, detectron2_resnet18
@@ -173,6 +173,16 @@ def test_checkpoint_of_contrast_loads_into_the_baseline(tmp_path: Path) -> None:
     DetectionCheckpointer(baseline).load(str(tmp_path / "model.pth"))
     weights = model.state_dict()
     assert all(torch.equal(value, weights[name]) for name, value in baseline.state_dict().items())
+
+
+def test_parameters_of_a_loss_are_trained_and_not_exported() -> None:
+    model, baseline = build(), build()
+    model.seg_loss = SegLoss(AdaptiveAffinityLoss(NUM_CLASSES))
+    sum(model([sample(), sample()]).values()).backward()
+    assert all(p.grad.any() for p in model.seg_loss.parameters())
+    weights = inference_state_dict(model)
+    assert list(weights) == list(baseline.state_dict())
+    assert len(weights) < len(model.state_dict())
 
 
 # --- Against detectron2's own segmentor.

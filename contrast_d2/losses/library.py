@@ -39,14 +39,11 @@ def _apply(logits: Tensor, labels: Tensor, loss: nn.Module) -> Tensor:
     return loss(logits, labels)
 
 
-def dice_loss(
-    *, smooth: float = 0.0, log_loss: bool = False, ignore_label: int = 255
-) -> LibraryLoss:
+def dice_loss(*, log_loss: bool = False, ignore_label: int = 255) -> LibraryLoss:
     """1 - the soft Dice coefficient of each class over the batch, averaged over all K classes, of
     which those that the labels lack give 0.
 
     Args:
-        smooth: added to numerator and denominator of the coefficient.
         log_loss: -log of the coefficient in place of 1 - it.
         ignore_label: pixels with this label do not count.
 
@@ -54,11 +51,10 @@ def dice_loss(
         ImportError: without the extra `losses`.
 
     Reference: Milletari et al., "V-Net: Fully Convolutional Neural Networks for Volumetric Medical
-        Image Segmentation", 3DV 2016.
+        Image Segmentation", 3DV 2016, for the coefficient of two classes, there with squares in
+        the denominator.
     """
-    loss = _library().DiceLoss(
-        mode="multiclass", smooth=smooth, log_loss=log_loss, ignore_index=ignore_label
-    )
+    loss = _library().DiceLoss(mode="multiclass", log_loss=log_loss, ignore_index=ignore_label)
     return LibraryLoss(loss, ignore_label=ignore_label)
 
 
