@@ -7,24 +7,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..structures import SegOutput
+from .layers import channel_dropout, classifier, conv_norm_relu, finest_first, join
 
 
 class FCNDecoder(nn.Module):
-    """Joins all maps at the finest one's size, then 1x1 conv - norm - ReLU - 1x1 conv.
+    """Joins all maps at the finest one's size, then convolution - norm - ReLU - 1x1 convolution.
 
     Args:
         input_shape: channels and strides of the maps to use.
         num_classes: K.
         hidden_channels: width between the two convolutions; None for that of the joined map, as in
             the paper.
+        kernel_size: of the first convolution; 1 as in the paper. Wang et al., ICCV 2021, train
+            pixel contrast with 3 and a dropout of 0.1.
         norm: norm of the first convolution.
         dropout: rate of channel dropout before the last convolution.
+
+    Raises:
+        ValueError: no map, an even kernel, or a rate outside of [0, 1).
 
     Reference: Wang et al., "Deep High-Resolution Representation Learning for Visual Recognition",
         TPAMI 2020, section 3.3 (HRNetV2).
@@ -36,39 +40,23 @@ class FCNDecoder(nn.Module):
         *,
         num_classes: int,
         hidden_channels: int | None = None,
+        kernel_size: int = 1,
         norm: str = "BN",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if not input_shape:
-            raise ValueError("FCNDecoder(input_shape={}): name at least one feature map.")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout}: must lie in [0, 1).")
-        shapes = sorted(input_shape.items(), key=lambda item: item[1].stride)
-        self.in_features = [name for name, _ in shapes]
-        joined = sum(shape.channels for _, shape in shapes)
+        shapes = finest_first(input_shape)
+        self.in_features = list(shapes)
+        joined = sum(shape.channels for shape in shapes.values())
         hidden = joined if hidden_channels is None else hidden_channels
-        self.fuse = Conv2d(
-            joined,
-            hidden,
-            kernel_size=1,
-            bias=not norm,
-            norm=get_norm(norm, hidden),
-            activation=F.relu,
-        )
-        self.dropout = nn.Dropout2d(dropout)
-        self.predictor = nn.Conv2d(hidden, num_classes, kernel_size=1)
+        self.fuse = conv_norm_relu(joined, hidden, kernel_size, norm=norm)
+        self.dropout = channel_dropout(dropout)
+        self.predictor = classifier(hidden, num_classes)
 
     def forward(self, features: Mapping[str, Tensor]) -> SegOutput:
         """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w); the joined map as feature
         `concat`, and what is classified, before dropout, as `pre_logits`."""
-        maps = [features[name] for name in self.in_features]
-        size = maps[0].shape[-2:]
-        joined = torch.cat(
-            [maps[0]]
-            + [F.interpolate(x, size=size, mode="bilinear", align_corners=False) for x in maps[1:]],
-            dim=1,
-        )
+        joined = join([features[name] for name in self.in_features])
         pre_logits = self.fuse(joined)
         logits = self.predictor(self.dropout(pre_logits))
         features = {"concat": joined, "pre_logits": pre_logits}
