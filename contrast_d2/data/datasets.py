@@ -212,17 +212,20 @@ def check_registered(name: str) -> None:
     """
     if name in DatasetCatalog:
         return
+    stem, separator, _ = name.rpartition(_SEPARATOR)
+    folder = os.path.join(datasets_root(), stem)
+    if separator and PathManager.isfile(os.path.join(folder, FILE_NAME)):
+        if name in register_folder(folder):
+            return
     known = list(DatasetCatalog.keys())
-    folder = os.path.join(datasets_root(), name.rpartition(_SEPARATOR)[0])
-    hint = "see DatasetCatalog.list()"
-    if _SEPARATOR in name:
-        if PathManager.isfile(os.path.join(folder, FILE_NAME)):
-            known += (found := register_folder(folder))
-            if name in found:
-                return
-        hint = f"put a {FILE_NAME} into {folder}, or see DatasetCatalog.list()"
-    if nearest := difflib.get_close_matches(name, known, n=3):
+    ours = [other for other in known if separator and other.startswith(stem + separator)]
+    nearest = ours or difflib.get_close_matches(name, known, n=3)
+    if separator and not ours and PathManager.isdir(folder):
+        hint = f"put a {FILE_NAME} into {folder}"
+    elif nearest:
         hint = f"did you mean {' or '.join(nearest)}?"
+    else:
+        hint = "see DatasetCatalog.list()"
     raise ValueError(f"Dataset {name!r} is not registered: {hint}")
 
 

@@ -6,7 +6,15 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
 from omegaconf import OmegaConf
 
-from contrast_d2.data import ColorJitter, RandomPad, RandomScale, train_augmentations
+from contrast_d2.data import (
+    ColorJitter,
+    RandomGaussianBlur,
+    RandomPad,
+    RandomScale,
+    ReflectPad,
+    full_frame_augmentations,
+    train_augmentations,
+)
 
 
 def apply(augmentations, image, labels):
@@ -215,3 +223,65 @@ def test_jitter_arguments_are_checked():
         ColorJitter(hue=0.7)
     with pytest.raises(ValueError, match="contrast"):
         ColorJitter(contrast=(1.5, 0.5))
+
+
+def test_reflected_edges_repeat_neither_pixels_nor_void():
+    labels = np.arange(5 * 3, dtype=np.uint8).reshape(5, 3)
+    padded, padded_labels = apply([ReflectPad(4)], encoded(labels), labels)
+    assert padded_labels.shape == (8, 4)
+    assert padded_labels[:, 0].tolist() == [3, 0, 3, 6, 9, 12, 9, 6]  # one row above, two below
+    assert padded_labels[1].tolist() == [0, 1, 2, 1]
+    assert np.array_equal(padded, encoded(padded_labels))
+
+
+def test_frames_of_cadis_get_two_rows_above_and_below():
+    image, labels = np.zeros((540, 960, 3), np.uint8), np.zeros((540, 960), np.uint8)
+    labels[0], labels[2], labels[-3] = 1, 2, 3
+    _, padded = apply(full_frame_augmentations(flip=0), image, labels)
+    assert padded.shape == (544, 960)
+    assert (padded[0] == 2).all() and (padded[2] == 1).all() and (padded[-1] == 3).all()
+    fitting = ReflectPad(32).get_transform(padded)
+    assert fitting.apply_image(padded) is padded
+
+
+def test_reflection_moves_points_with_the_pixels():
+    transform = ReflectPad(8).get_transform(np.zeros((4, 2, 3), np.uint8))
+    assert transform.apply_coords(np.array([[0.0, 0.0]])).tolist() == [[3.0, 2.0]]
+
+
+def test_blur_has_its_share_and_leaves_labels_alone():
+    np.random.seed(0)
+    image = np.zeros((41, 41, 3), dtype=np.uint8)
+    image[20, 20] = 255
+    labels = np.eye(41, dtype=np.uint8)
+    blurred = 0
+    for _ in range(400):
+        result, result_labels = apply([RandomGaussianBlur(0.2, (1.0, 2.0))], image, labels)
+        assert np.array_equal(result_labels, labels)
+        if result[20, 20, 0] < 255:
+            blurred += 1
+            # The peak of a Gaussian is 1 / (2 pi sigma^2): 41 and 10 of 255 at the ends.
+            assert 8 <= result[20, 20, 0] <= 45
+    assert 55 <= blurred <= 105
+
+
+def test_short_side_comes_before_the_random_scale():
+    image, labels = np.zeros((100, 300, 3), np.uint8), np.zeros((100, 300), np.uint8)
+    augmentations = train_augmentations((50, 50), short_side=50, scale=(1, 1), aspect=None)
+    resized, _ = apply(augmentations[:2], image, labels)
+    assert resized.shape == (50, 150, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ReflectPad(0), "multiple must be a positive integer, got 0"),
+        (lambda: RandomGaussianBlur(1.5, (1, 2)), "probability .* 0..1, got 1.5"),
+        (lambda: RandomGaussianBlur(0.5, (2, 1)), "radius must be a range"),
+        (lambda: full_frame_augmentations(flip=-1), "flip is a probability"),
+        (lambda: train_augmentations((8, 8), short_side=0), "short_side must be .* got 0"),
+    ],
+)
+def test_arguments_outside_their_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -9,6 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from contrast_d2.data import DATASETS, LabelMap, SemSegMapper, load_labels, register_datasets
+from contrast_d2.data.classes import distinct_colors
 
 # Share of each class in the labelled pixels, in percent, and number of images that hold it, from
 # the description of this release of CamVid.
@@ -79,6 +80,83 @@ def test_rows_become_metadata(tiny_camvid):
     finally:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
+
+
+NUM_CLASSES = {
+    "ade20k": 150,
+    "cadis_task1": 8,
+    "cadis_task2": 17,
+    "cadis_task3": 25,
+    "camvid": 11,
+    "camvid_original": 11,
+    "cityscapes_fine": 19,
+    "coco_stuff_10k": 171,
+    "coco_stuff_164k": 171,
+    "pascal_context_59": 59,
+    "pascal_context_60": 60,
+    "shapes": 9,
+}
+
+
+def test_names_splits_and_numbers_of_classes():
+    found = {}
+    for row in DATASETS:
+        dataset, _, split = row.name.partition("_sem_seg_")
+        assert len(row.classes.names) == NUM_CLASSES[dataset]
+        found.setdefault(dataset, set()).add(split)
+    assert found.keys() == NUM_CLASSES.keys()
+    three = {"train", "val", "test"}
+    assert found["cityscapes_fine"] == found["camvid"] == three | {"trainval"}
+    assert found["cadis_task3"] == found["camvid_original"] == three
+    assert found["coco_stuff_10k"] == {"train", "test"}
+    assert found["coco_stuff_164k"] == found["pascal_context_59"] == {"train", "val"}
+
+
+def test_coco_stuff_names_are_detectron2s():
+    """detectron2 names the 80 things, and the stuff that it does not merge, as COCO does."""
+    from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+
+    (row,) = (row for row in DATASETS if row.name == "coco_stuff_10k_sem_seg_test")
+    names = {ids[0]: name for name, ids in zip(row.classes.names, row.classes.ids, strict=True)}
+    theirs = {c["id"]: c["name"] for c in COCO_CATEGORIES if "merged" not in c["name"]}
+    assert len(theirs) == 116
+    assert {i: names[i] for i in theirs} == theirs
+    assert list(names) == sorted(names) and list(names)[-1] == 182
+    assert set(range(1, 183)) - set(names) == {12, 26, 29, 30, 45, 66, 68, 69, 71, 83, 91}
+
+
+def test_groups_of_cadis_and_cityscapes():
+    groups = {row.name: row.classes.groups for row in DATASETS}
+    task_2, task_3 = groups["cadis_task2_sem_seg_val"], groups["cadis_task3_sem_seg_val"]
+    for found, classes in ((task_2, 17), (task_3, 25)):
+        assert found["anatomies"] == (0, 4, 5, 6) and found["others"] == (1, 2, 3)
+        assert found["tools"] == tuple(range(7, classes))
+    assert task_2["rare"] == (9, 10, 12, 14, 16)
+    assert task_3["rare"] == (11, 12, 14, 16, *range(18, 25))
+    categories = groups["cityscapes_fine_sem_seg_val"]
+    assert [len(c) for c in categories.values()] == [2, 3, 3, 2, 1, 2, 6]
+    assert sorted(sum(categories.values(), ())) == list(range(19))
+
+
+def test_detectron2s_entries_keep_their_meaning():
+    """Names, void and contiguous label files are detectron2's; colours and label ids are added."""
+    cityscapes = MetadataCatalog.get("cityscapes_fine_sem_seg_val")
+    assert cityscapes.evaluator_type == "cityscapes_sem_seg" and cityscapes.gt_dir
+    assert cityscapes.stuff_colors[:2] == [[128, 64, 128], [244, 35, 232]]
+    assert cityscapes.stuff_dataset_id_to_contiguous_id[33] == 18
+    ade20k = MetadataCatalog.get("ade20k_sem_seg_train")
+    assert ade20k.stuff_classes[0] == "wall" and len(ade20k.stuff_colors) == 150
+    assert ade20k.stuff_dataset_id_to_contiguous_id[150] == 149
+    for metadata, classes in ((cityscapes, 19), (ade20k, 150)):
+        label_map = LabelMap.from_metadata(metadata)
+        assert label_map.id_to_class == {i: i for i in range(classes)}
+        assert label_map.void_ids == (255,)
+
+
+def test_colours_without_a_palette_are_those_of_pascal_voc():
+    assert distinct_colors(4) == ((128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128))
+    assert distinct_colors(8)[7] == (64, 0, 0)
+    assert len(set(distinct_colors(255))) == 255
 
 
 @pytest.mark.parametrize("row", DATASETS, ids=lambda row: row.name)

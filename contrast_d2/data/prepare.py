@@ -1,0 +1,164 @@
+"""Label files that detectron2 and the mapper can read, from what the owners of datasets publish.
+
+Each label file is written under another name and renamed when it is complete: a run that is stopped
+at any point leaves complete files only, and the next run goes on from them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import NamedTuple
+
+import numpy as np
+from detectron2.data import DatasetCatalog
+from PIL import Image
+from tqdm import tqdm
+
+from .files import datasets_root
+
+logger = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """One label file to write."""
+
+    split: str
+    """Name of the dataset that it belongs to."""
+    target: str
+    """Path of the PNG."""
+    make: Callable[[], np.ndarray]
+    """Returns the (H, W) uint8 labels; raises ValueError where the source is not as published."""
+
+
+class Plan(NamedTuple):
+    """What is to be done for a dataset."""
+
+    jobs: list[Job]
+    counts: Mapping[str, int]
+    """Number of images that each split has as published, by the name of the dataset."""
+    lists: Mapping[str, Sequence[str]] = {}
+    """Path of each split file to its lines, written when all label files are there."""
+
+
+class Summary(NamedTuple):
+    """What was done."""
+
+    written: int
+    """Label files written by this run."""
+    present: int
+    """Label files that were there before."""
+    images: dict[str, int]
+    """Images with labels of each dataset that can be used."""
+
+
+def run_plan(plan: Plan, *, workers: int, partial: bool = False, title: str = "") -> Summary:
+    """Writes the label files that are missing, then lists the datasets and counts their images.
+
+    Args:
+        plan: of the dataset.
+        workers: threads that convert, at least 1.
+        partial: accept a download that lacks images or whole splits.
+        title: of the progress bar, which is drawn on a terminal only.
+
+    Returns:
+        What was done.
+
+    Raises:
+        ValueError: if the download is incomplete (unless `partial`) or not as published. Files
+            that were written until then are complete and stay.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, got {workers}")
+    if plan.jobs:
+        _check_counts(Counter(job.split for job in plan.jobs), plan.counts, "label files", partial)
+    missing = [job for job in plan.jobs if not _is_written(job.target)]
+    for folder in {os.path.dirname(job.target) for job in missing}:
+        os.makedirs(folder, exist_ok=True)
+    _write_all(missing, workers, title)
+    for path, lines in plan.lists.items():
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        text = "".join(f"{line}\n" for line in lines)
+        _write_complete(path, lambda part, text=text: _write_text(part, text))
+    images = _count_images(plan.counts, partial)
+    _check_counts(images, plan.counts, "images", partial)
+    return Summary(len(missing), len(plan.jobs) - len(missing), images)
+
+
+def _count_images(names: Mapping[str, int], partial: bool) -> dict[str, int]:
+    """Number of images of each dataset as it is loaded."""
+    images, failures = {}, []
+    for name in names:
+        try:
+            images[name] = len(DatasetCatalog.get(name))
+        except ValueError as error:
+            if not partial:
+                raise
+            failures.append(error)
+            logger.warning("%s cannot be used: %s", name, error)
+    if not images:
+        raise failures[0]
+    return images
+
+
+def _check_counts(
+    found: Mapping[str, int], published: Mapping[str, int], what: str, partial: bool
+) -> None:
+    wrong = [
+        f"{name} has {found.get(name, 0):,} {what} and should have {count:,}"
+        for name, count in published.items()
+        if found.get(name, 0) != count
+    ]
+    if not wrong:
+        return
+    if not partial:
+        raise ValueError(
+            f"{'; '.join(wrong)}: the download in {datasets_root()} is incomplete or another one. "
+            "Complete it, or take it as it is with --partial"
+        )
+    logger.warning("%s", "; ".join(wrong))
+
+
+def _write_all(jobs: Sequence[Job], workers: int, title: str) -> None:
+    """Runs jobs; the first that fails cancels those that have not begun."""
+    # Threads: reading, decoding and encoding images all release Python's lock.
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(_write_labels, job) for job in jobs]
+        try:
+            done = as_completed(futures)
+            # disable=None: no bar where standard error is no terminal
+            for future in tqdm(done, title, len(futures), unit="file", disable=None):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _is_written(path: str) -> bool:
+    # Other tools may have left an empty file when they were stopped.
+    return os.path.isfile(path) and os.path.getsize(path) > 0
+
+
+def _write_labels(job: Job) -> None:
+    labels = job.make()
+    _write_complete(job.target, lambda part: Image.fromarray(labels).save(part, format="PNG"))
+
+
+def _write_complete(path: str, write: Callable[[str], None]) -> None:
+    """Writes a file so that under its own name it is complete or absent."""
+    part = path + ".tmp"
+    try:
+        write(part)
+        os.replace(part, path)
+    except BaseException:
+        if os.path.exists(part):
+            os.remove(part)
+        raise
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)

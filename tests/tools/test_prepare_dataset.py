@@ -1,0 +1,82 @@
+"""tools/prepare_dataset.py, run as users run it."""
+
+from __future__ import annotations
+
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.data import published
+
+TOOL = Path(__file__).parents[2] / "tools/prepare_dataset.py"
+MAIN = runpy.run_path(str(TOOL))["main"]
+LABELS = "ADEChallengeData2016/annotations_detectron2"
+
+
+def command(root: Path) -> list[str]:
+    options = ["--root", str(root), "--workers", "1", "--partial"]
+    return [sys.executable, str(TOOL), "ade20k", *options]
+
+
+def labels(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (root / LABELS).rglob("*.png")}
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(tmp_path) -> None:
+    """A process that is killed while it writes leaves complete files; the next one goes on."""
+    count = 400
+    published.ade20k(tmp_path, count)
+    with subprocess.Popen(command(tmp_path), stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(list((tmp_path / LABELS).rglob("*.png"))) < 5:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    killed = labels(tmp_path)
+    assert process.returncode == -signal.SIGKILL and 5 <= len(killed) < 2 * count
+
+    again = subprocess.run(command(tmp_path), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines() == [
+        f"{2 * count - len(killed)} label files written, {len(killed)} were there",
+        f"ade20k_sem_seg_train: {count} images",
+        f"ade20k_sem_seg_val: {count} images",
+    ]
+    assert not list((tmp_path / LABELS).rglob("*.tmp"))
+    complete = labels(tmp_path)
+    assert len(complete) == 2 * count and killed.items() <= complete.items()
+    assert len(set(complete.values())) == 1  # their sources are equal
+    # Standard error is no terminal here: warnings of the counts, and no bar.
+    assert all(line.startswith("warning: ade20k") for line in again.stderr.splitlines())
+
+
+def test_an_incomplete_download_is_one_line(tmp_path, monkeypatch, capsys) -> None:
+    published.ade20k(tmp_path, 1)
+    monkeypatch.setenv("DETECTRON2_DATASETS", "elsewhere")  # --root comes first
+    assert MAIN(["ade20k", "--root", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = err.splitlines()
+    assert line.startswith("error: ade20k_sem_seg_train has 1 label files and should have 20,210")
+
+
+def test_what_is_used_as_published_is_counted(tmp_path, monkeypatch, capsys) -> None:
+    published.cadis(tmp_path)
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    assert MAIN(["cadis", "--partial"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "cadis_task1_sem_seg_train: 19 images",
+        "cadis_task1_sem_seg_val: 3 images",
+        "cadis_task1_sem_seg_test: 3 images",
+    ]
+
+
+def test_an_unknown_name_lists_those_that_exist(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        MAIN(["cityscape"])
+    assert stopped.value.code == 2
+    assert "pascal_context" in capsys.readouterr().err
