@@ -6,7 +6,7 @@ Shape letters: B images, C channels, H W the images, h w a feature map.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -15,6 +15,11 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
+
+from .freezing import modules_without_training, parameters_of_maps, parameters_of_stages
+from .recomputation import recompute_blocks
+from .swin import pad_before_shift
+from .weights import load_weights_file
 
 _DEFAULT_FEATURES = ("res2", "res3", "res4", "res5")
 
@@ -26,18 +31,30 @@ class TimmBackbone(Backbone):
     strides 4, 8, 16, 32 by default; with `output_stride=8` ResNet's are 4, 8, 8, 8. For HRNet they
     are the four branches, before any fusion head.
 
+    Parameters that no returned map depends on do not train: DistributedDataParallel would wait for
+    their gradients.
+
     Args:
         name: timm's name of the model, e.g. "resnet18", "hrnet_w48",
             "swin_tiny_patch4_window7_224", optionally with a tag of its weights.
         out_features: names of the maps to return.
         output_stride: stride of the deepest map, by dilation; None for the model's own.
         pretrained: load timm's pretrained weights, downloaded on first use.
+        weights_file: checkpoint of the timm model to load instead of a download, `.pth` or
+            `.safetensors`; see `load_weights_file`.
         norm_outputs: a LayerNorm on each returned map, as segmentation networks on Swin have.
         drop_path_rate: stochastic depth; None for the model's own.
+        activation_checkpointing: recompute the activations of each block in the backward pass,
+            which takes less memory and more time.
+        freeze_at: stages that do not train, counted as in detectron2: 1 for the stem, 2 for the
+            stem and all else that res2 depends on, and so on; 0 for none. For HRNet, whose maps all
+            come from its last stage: 1 for the stem, n for the stem and the first n - 1 of its four
+            stages. In training mode too, what is frozen runs as in evaluation: statistics of norms
+            stay, and paths are not dropped.
 
     Raises:
-        ValueError: timm has no such model or weights, or the model no such map, output stride or
-            stochastic depth.
+        ValueError: timm has no such model or weights, or the model no such map, output stride,
+            stochastic depth, blocks or stem; the file does not fit the model.
     """
 
     def __init__(
@@ -47,8 +64,11 @@ class TimmBackbone(Backbone):
         out_features: Sequence[str] = _DEFAULT_FEATURES,
         output_stride: int | None = None,
         pretrained: bool = False,
+        weights_file: str | None = None,
         norm_outputs: bool = False,
         drop_path_rate: float | None = None,
+        activation_checkpointing: bool = False,
+        freeze_at: int = 0,
     ) -> None:
         super().__init__()
         shapes = feature_shapes(name, out_features=out_features, output_stride=output_stride)
@@ -56,10 +76,19 @@ class TimmBackbone(Backbone):
         self.model = _create(
             name,
             output_stride,
-            pretrained=pretrained,
-            out_indices=tuple(list(all_shapes).index(feature) for feature in shapes),
+            pretrained=pretrained and weights_file is None,
+            out_indices=_indices(name, output_stride, shapes),
             **({} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}),
         )
+        if weights_file is not None:
+            load_weights_file(self.model, name, weights_file)
+        pad_before_shift(self.model)
+        if activation_checkpointing and not recompute_blocks(self.model):
+            raise ValueError(
+                f"activation_checkpointing=True: {name} has no blocks in sequence to recompute; "
+                "leave it False."
+            )
+        self._freeze(name, output_stride, list(shapes), freeze_at)
         self.norms = nn.ModuleDict()
         if norm_outputs:
             self.norms.update({name: nn.LayerNorm(s.channels) for name, s in shapes.items()})
@@ -73,6 +102,27 @@ class TimmBackbone(Backbone):
     def size_divisibility(self) -> int:
         """Images are padded to multiples of this, so that all maps have exact strides."""
         return self._size_divisibility
+
+    def _freeze(
+        self, name: str, output_stride: int | None, features: list[str], freeze_at: int
+    ) -> None:
+        """Stops the training of the first stages, and of what the maps do not depend on."""
+        maps = _parameters_of_maps(name, output_stride)
+        used = set.union(*(maps[feature] for feature in features))
+        parameters = dict(self.model.named_parameters())
+        for frozen in parameters_of_stages(self.model, maps, freeze_at):
+            parameters[frozen].requires_grad_(False)
+        self._frozen_modules = modules_without_training(self.model)
+        for unused in parameters.keys() - used:
+            parameters[unused].requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> TimmBackbone:
+        """As of any module; frozen stages stay in evaluation mode."""
+        super().train(mode)
+        for name in self._frozen_modules:
+            self.model.get_submodule(name).eval()
+        return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Args: images (B, 3, H, W). Returns maps (B, C, h, w) by name, from fine to coarse."""
@@ -138,8 +188,7 @@ def joined_channels(
 @lru_cache(maxsize=64)
 def _all_shapes(name: str, output_stride: int | None) -> dict[str, ShapeSpec]:
     """All maps of a model, from fine to coarse, the deepest named res5."""
-    with torch.device("meta"):
-        info = _create(name, output_stride, pretrained=False).feature_info
+    info = _meta_model(name, output_stride).feature_info
     shapes = zip(info.channels(), info.reduction(), strict=True)
     first = 6 - len(info.channels())
     return {
@@ -148,10 +197,35 @@ def _all_shapes(name: str, output_stride: int | None) -> dict[str, ShapeSpec]:
     }
 
 
+def _indices(name: str, output_stride: int | None, features: Iterable[str]) -> tuple[int, ...]:
+    """timm's indices of maps; those of a model's own choice need not begin with 0."""
+    indices = _meta_model(name, output_stride).feature_info.out_indices
+    by_name = dict(zip(_all_shapes(name, output_stride), indices, strict=True))
+    return tuple(by_name[feature] for feature in features)
+
+
+@lru_cache(maxsize=64)
+def _parameters_of_maps(name: str, output_stride: int | None) -> dict[str, set[str]]:
+    """Names of the parameters that each of a model's maps depends on."""
+    names = _all_shapes(name, output_stride)
+    return parameters_of_maps(_meta_model(name, output_stride), names)
+
+
+@lru_cache(maxsize=4)
+def _meta_model(name: str, output_stride: int | None) -> nn.Module:
+    """A model with all of its maps, without memory for its weights."""
+    with torch.device("meta"):
+        return _create(name, output_stride, pretrained=False)
+
+
 def _create(name: str, output_stride: int | None, *, pretrained: bool, **kwargs: Any):
     _check_name(name)
     if output_stride is not None:
         kwargs["output_stride"] = output_stride
+    if pretrained and not timm.get_pretrained_cfg(name).has_weights:
+        raise ValueError(
+            f"timm has no pretrained weights of {name}: set model.backbone.pretrained=False."
+        )
     options = {"features_only": True, **_family_options(name), **kwargs}
     try:
         return timm.create_model(name, pretrained=pretrained, **options)
@@ -163,12 +237,13 @@ def _create(name: str, output_stride: int | None, *, pretrained: bool, **kwargs:
         raise ValueError(
             f"{name} cannot have {settings} ({_first_line(error)}): leave unset what it lacks."
         ) from error
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # the hub's client lets through what its HTTP library raises
         if not pretrained:
             raise
         raise ValueError(
             f"the pretrained weights of {name} cannot be loaded ({_first_line(error)}): connect to "
-            "the network once to download them, or set model.backbone.pretrained=False."
+            "the network once to download them, name a local file with "
+            "model.backbone.weights_file=FILE, or set model.backbone.pretrained=False."
         ) from error
 
 
@@ -194,6 +269,10 @@ def _first_line(error: Exception) -> str:
 def _family_options(name: str) -> dict[str, Any]:
     if name.startswith("hrnet"):
         return {"feature_location": ""}  # the branches themselves, not the classification head's
+    if name.startswith("swin_"):
+        # Without the second, maps that are no larger than a window at the size of the pretraining,
+        # those of the last stage, are never shifted, however large the images are.
+        return {"strict_img_size": False, "always_partition": True}
     if name.startswith("swin"):
         return {"strict_img_size": False}
     return {}

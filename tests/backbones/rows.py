@@ -46,7 +46,26 @@ TIMM_ROWS = [
     timm_row("hrnet_w18", (18, 36, 72, 144)),
     timm_row("swin_tiny_patch4_window7_224", (96, 192, 384, 768), norm_outputs=True),
     timm_row("convnext_atto", (40, 80, 160, 320)),
+    timm_row("pvt_v2_b0", (32, 64, 160, 256)),
+    # Five maps, and six levels of which the first is none.
+    timm_row("mobilenetv3_small_100", (16, 24, 48, 576)),
+    timm_row("dla46x_c", (64, 64, 128, 256)),
 ]
+# Channels of the maps of larger models, by timm's names.
+TIMM_SHAPES = {
+    "hrnet_w32": (32, 64, 128, 256),
+    "hrnet_w48": (48, 96, 192, 384),
+    "swin_tiny_patch4_window7_224": (96, 192, 384, 768),
+    "swin_small_patch4_window7_224": (96, 192, 384, 768),
+    "swin_base_patch4_window12_384.ms_in22k": (128, 256, 512, 1024),
+    "swin_large_patch4_window12_384.ms_in22k": (192, 384, 768, 1536),
+    "swinv2_tiny_window8_256": (96, 192, 384, 768),
+    "convnext_tiny": (96, 192, 384, 768),
+    "pvt_v2_b2": (64, 128, 320, 512),
+    "twins_svt_small": (64, 128, 256, 512),
+    "poolformer_s12": (64, 128, 320, 512),
+    "efficientnet_b0": (24, 40, 112, 320),
+}
 ROWS = [*TIMM_ROWS, Row("detectron2-resnet18", detectron2_resnet18, (64, 128, 256, 512))]
 
 

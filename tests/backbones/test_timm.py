@@ -6,11 +6,12 @@ import pytest
 import timm
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor
 
 from contrast_d2.backbones import TimmBackbone, feature_channels, feature_shapes
 
-from .rows import TIMM_ROWS, wake_residuals
+from .rows import NAMES, TIMM_ROWS, TIMM_SHAPES, wake_residuals
 
 SWIN = "swin_tiny_patch4_window7_224"
 
@@ -30,6 +31,48 @@ def test_shapes_of_a_subset_are_in_order_from_fine_to_coarse() -> None:
         ("res1", 64),
         ("res5", 512),
     ]
+
+
+@pytest.mark.parametrize(("name", "channels"), TIMM_SHAPES.items())
+def test_maps_of_a_wide_image(name: str, channels: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        backbone = TimmBackbone(name)
+        found = backbone(torch.empty(1, 3, 512, 1024))
+    assert {n: tuple(x.shape[1:]) for n, x in found.items()} == {
+        n: (c, 512 // s, 1024 // s) for n, c, s in zip(NAMES, channels, (4, 8, 16, 32), strict=True)
+    }
+    assert {n: (s.channels, s.stride) for n, s in backbone.output_shape().items()} == {
+        n: (c, s) for n, c, s in zip(NAMES, channels, (4, 8, 16, 32), strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    ("output_stride", "strides", "dilations"),
+    [
+        (8, (4, 8, 8, 8), (1, 1, 2, 4)),
+        (16, (4, 8, 16, 16), (1, 1, 1, 2)),
+        (32, (4, 8, 16, 32), (1, 1, 1, 1)),
+    ],
+)
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101"])
+def test_output_stride_is_traded_for_dilation(
+    name: str, output_stride: int, strides: tuple[int, ...], dilations: tuple[int, ...]
+) -> None:
+    with torch.device("meta"):
+        backbone = TimmBackbone(name, output_stride=output_stride)
+        found = backbone(torch.empty(1, 3, 128, 192))
+    assert [tuple(x.shape[2:]) for x in found.values()] == [(128 // s, 192 // s) for s in strides]
+    assert [s.stride for s in backbone.output_shape().values()] == list(strides)
+    assert backbone.size_divisibility == output_stride
+    for stage, dilation in enumerate(dilations, start=1):
+        blocks = list(getattr(backbone.model, f"layer{stage}"))
+        spatial = [
+            m
+            for block in blocks[1:]
+            for m in block.modules()
+            if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)
+        ]
+        assert spatial and {conv.dilation for conv in spatial} == {(dilation, dilation)}
 
 
 def by_timm(name: str, backbone: TimmBackbone, images: Tensor, **options) -> list[Tensor]:
@@ -64,8 +107,8 @@ def test_swin_maps_are_timms_own_channels_first_and_normalised() -> None:
     for norm in backbone.norms.values():
         torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
         torch.nn.init.uniform_(norm.bias)
-    images = torch.randn(1, 3, 64, 96)
-    expected = by_timm(SWIN, backbone, images, strict_img_size=False)
+    images = torch.randn(1, 3, 224, 224)  # whole windows at all scales
+    expected = by_timm(SWIN, backbone, images, strict_img_size=False, always_partition=True)
     with torch.no_grad():
         found = backbone.eval()(images)
     for (name, ours), theirs in zip(found.items(), expected, strict=True):
@@ -80,8 +123,8 @@ def test_swin_maps_are_timms_own_channels_first_and_normalised() -> None:
 
 def test_swin_maps_come_channels_first_without_norms_too() -> None:
     backbone = TimmBackbone(SWIN)
-    images = torch.randn(1, 3, 64, 96)
-    expected = by_timm(SWIN, backbone, images, strict_img_size=False)
+    images = torch.randn(1, 3, 224, 224)  # whole windows at all scales
+    expected = by_timm(SWIN, backbone, images, strict_img_size=False, always_partition=True)
     with torch.no_grad():
         found = backbone.eval()(images)
     assert not backbone.norms
@@ -124,6 +167,7 @@ def test_stochastic_depth_acts_in_training_only(name: str) -> None:
         ({"name": "hrnet_w18_small", "output_stride": 8}, "cannot have output_stride=8"),
         ({"name": "resnet18", "output_stride": 7}, "cannot have output_stride=7"),
         ({"name": "hrnet_w18_small", "drop_path_rate": 0.1}, "cannot have drop_path_rate=0.1"),
+        ({"name": "coatnet_0_224", "pretrained": True}, "no pretrained weights of coatnet_0_224"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments: dict, message: str) -> None:
@@ -137,3 +181,30 @@ def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ValueError, match="resnet18 cannot .* model.backbone.pretrained=False"):
         TimmBackbone("resnet18", pretrained=True)
+
+
+class ProxyError(Exception):
+    """As HTTP libraries have it: of no class that this project knows."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalEntryNotFoundError("nothing in the cache\nand no connection"),
+        ConnectionError("refused"),
+        TimeoutError("the read timed out"),
+        ProxyError("407"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_whatever_a_download_fails_with_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", fail)
+    with pytest.raises(ValueError, match="model.backbone.weights_file=FILE") as caught:
+        TimmBackbone("resnet18", pretrained=True)
+    assert str(error).splitlines()[0] in str(caught.value)
+    assert "\n" not in str(caught.value)
