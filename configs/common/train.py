@@ -4,6 +4,9 @@ train = dict(
     output_dir="output",
     # Weights to start from; with --eval-only, those to evaluate.
     init_checkpoint="",
+    # Whether that may be a .pkl file, as detectron2's ImageNet weights are: reading one runs the
+    # code it holds.
+    allow_pickle=False,
     max_iter=6000,
     seed=0,
     # "fp32", or mixed precision: "bf16", or "fp16" with a loss scaler.
@@ -15,6 +18,8 @@ train = dict(
     # Batch norm statistics over all GPUs.
     sync_bn=True,
     cudnn_benchmark=True,
+    # Weights and feature maps in the memory format that tensor cores take; results to rounding.
+    channels_last=False,
     # In iterations.
     checkpoint_period=500,
     checkpoints_to_keep=2,

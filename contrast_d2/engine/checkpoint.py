@@ -8,8 +8,11 @@ from typing import IO, Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
 
 from ..segmentor import is_training_only
+
+_PICKLES = (".pkl", ".pyth")
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -17,25 +20,64 @@ class Checkpointer(DetectionCheckpointer):
 
     Files are written under a temporary name, flushed to disk and renamed; `last_checkpoint` names a
     file only once that is complete.
+
+    Args:
+        model, save_dir, save_to_disk, checkpointables: as detectron2's.
+        allow_pickle: read `.pkl` files too, detectron2's ImageNet weights among them. Reading one
+            runs whatever code it holds.
     """
 
-    def check_exists(self, path: str) -> None:
-        """Refuses a checkpoint file that is not there, before any work is done for it.
+    def __init__(
+        self,
+        model: nn.Module,
+        save_dir: str = "",
+        *,
+        save_to_disk: bool | None = None,
+        allow_pickle: bool = False,
+        **checkpointables: Any,
+    ) -> None:
+        super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
+        self._allow_pickle = allow_pickle
+
+    def check_file(self, path: str) -> None:
+        """Refuses a checkpoint file that cannot be loaded, before any work is done for it.
 
         Raises:
-            ValueError: there is no such file.
+            ValueError: there is no such file, or it is a pickle and those are not allowed.
         """
         if path and "://" not in path and not os.path.isfile(path):
             raise ValueError(f"train.init_checkpoint={path}: there is no such file.")
+        if path.endswith(_PICKLES) and not self._allow_pickle:
+            raise ValueError(
+                f"train.init_checkpoint={path}: reading a pickle runs the code that it holds. If "
+                "you trust where the file comes from, set train.allow_pickle=True."
+            )
+
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loads a checkpoint, as detectron2's.
+
+        Raises:
+            ValueError: it holds none of the model's weights, or is a pickle and those are not
+                allowed.
+        """
+        self.check_file(path)
+        self._unfit: list[str] = []
+        rest = super().load(path, *args, **kwargs)
+        parameters = {name for name, _ in self.model.named_parameters()}
+        if path and parameters <= set(self._unfit):
+            raise ValueError(
+                f"{path} holds none of the model's weights, such as {min(parameters)}: it is of "
+                "another architecture, or has other names for them."
+            )
+        return rest
 
     def load_for_inference(self, path: str) -> None:
         """Loads all weights that the model has at test time.
 
         Raises:
-            ValueError: there is no such file, or it is of another model.
+            ValueError: there is no such file, it is of another model, or a pickle and those are not
+                allowed.
         """
-        self.check_exists(path)
-        self._unfit: list[str] = []
         self.load(path, checkpointables=[])
         unfit = [name for name in self._unfit if not is_training_only(name)]
         if unfit:

@@ -128,6 +128,10 @@ def build_model(cfg: DictConfig) -> nn.Module:
         else:
             # torch's own conversion loses the activation in timm's fused norm layers
             model = convert_sync_batchnorm(model)
+    if cfg.train.channels_last:
+        # A convolution gives its output the format of its weights, whatever that of its input is:
+        # no image or feature map has to be converted.
+        model = model.to(memory_format=torch.channels_last)
     return model
 
 
@@ -158,10 +162,12 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
         accumulation_steps=options.accumulation_steps,
         clip_norm=options.clip_norm,
     )
-    checkpointer = Checkpointer(model, options.output_dir, trainer=trainer)
+    checkpointer = Checkpointer(
+        model, options.output_dir, allow_pickle=options.allow_pickle, trainer=trainer
+    )
     resumed = resume and checkpointer.has_checkpoint()
     if not resumed:
-        checkpointer.check_exists(options.init_checkpoint)
+        checkpointer.check_file(options.init_checkpoint)
     is_main = comm.is_main_process()
     if is_main:
         _tidy(options.output_dir, resumed)
@@ -247,7 +253,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     """
     check_classes(cfg)
     model = build_model(cfg)
-    checkpointer = Checkpointer(model, cfg.train.output_dir)
+    checkpointer = Checkpointer(model, cfg.train.output_dir, allow_pickle=cfg.train.allow_pickle)
     path = cfg.train.init_checkpoint or checkpointer.get_checkpoint_file()
     if not path:
         raise ValueError(

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
+import pickle
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from detectron2.engine import TrainerBase, hooks
 from torch import nn
 
+from contrast_d2.decoders import FCNDecoder
 from contrast_d2.engine import BestCheckpointer, Checkpointer
 from contrast_d2.engine.checkpoint import write_atomically
+from contrast_d2.losses import CrossEntropyLoss, SegLoss
+from contrast_d2.segmentor import ContrastiveSegmentor
+
+from ..backbones.rows import detectron2_resnet18
 
 
 def test_a_failed_write_leaves_the_file_of_before(tmp_path: Path) -> None:
@@ -38,6 +46,104 @@ def test_save_names_the_last_checkpoint_only_when_told(tmp_path: Path) -> None:
     extra = Checkpointer(other, str(tmp_path)).load(checkpointer.get_checkpoint_file())
     assert torch.equal(other.weight, model.weight)
     assert extra["iteration"] == 4
+
+
+# --- detectron2's weights of its own ResNet, pickles of arrays.
+
+
+def on_detectron2s_resnet() -> ContrastiveSegmentor:
+    backbone = detectron2_resnet18()
+    return ContrastiveSegmentor(
+        backbone=backbone,
+        sem_seg_head=FCNDecoder(backbone.output_shape(), num_classes=3, hidden_channels=8),
+        pixel_mean=[0.0] * 3,
+        pixel_std=[1.0] * 3,
+        seg_loss=SegLoss(CrossEntropyLoss()),
+    )
+
+
+def caffe2_name(name: str) -> str:
+    """Of a weight of detectron2's ResNet, in the files of its model zoo."""
+    name = name.replace("stem.conv1.norm", "res_conv1_bn").replace("stem.conv1", "conv1")
+    name = name.replace("shortcut", "branch1").replace("conv1.", "branch2a.", "res" in name)
+    name = name.replace("conv2.", "branch2b.").replace(".norm", "_bn")
+    endings = {"bn.weight": "bn_s", "bn.bias": "bn_b", "running_mean": "rm", "running_var": "riv"}
+    for ending, other in {**endings, ".weight": "_w"}.items():
+        name = re.sub(rf"{re.escape(ending)}$", other, name)
+    return name.replace(".", "_")
+
+
+@pytest.fixture(params=["torchvision", "Caffe2"])
+def imagenet_weights(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict]:
+    """A file as detectron2 converts torchvision's, or as its model zoo has them; and its arrays by
+    detectron2's names."""
+    arrays = {
+        name: np.random.rand(*x.shape).astype(np.float32)
+        for name, x in detectron2_resnet18().state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    path = tmp_path / "R-18.pkl"
+    if request.param == "torchvision":
+        # With weights of a classifier that no model of this project has.
+        model = {**arrays, "stem.fc.weight": np.zeros((10, 512), np.float32)}
+        data = {"model": model, "__author__": "torchvision", "matching_heuristics": True}
+    else:
+        data = {caffe2_name(name): x for name, x in arrays.items()}
+        data["conv1_w_momentum"] = data["conv1_w"]
+    path.write_bytes(pickle.dumps(data))
+    return path, arrays
+
+
+def test_detectron2s_imagenet_weights_fill_its_resnet(
+    imagenet_weights: tuple[Path, dict], tmp_path: Path
+) -> None:
+    path, arrays = imagenet_weights
+    model = on_detectron2s_resnet()
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    checkpointer = Checkpointer(model, str(tmp_path), allow_pickle=True)
+    checkpointer.resume_or_load(str(path), resume=True)
+    after = model.state_dict()
+    for name, array in arrays.items():
+        assert torch.equal(after[f"backbone.{name}"], torch.from_numpy(array)), name
+    others = {name for name in after if name.removeprefix("backbone.") not in arrays}
+    assert all(torch.equal(after[name], before[name]) for name in others)
+
+
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+@pytest.mark.parametrize("name", ["R-50.pkl", "resnet.pyth"])
+def test_a_pickle_is_read_only_when_allowed(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(pickle.dumps({"model": Harmful(tmp_path / "made"), "__author__": "x"}))
+    checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path))
+    for load in (checkpointer.check_file, checkpointer.load, checkpointer.load_for_inference):
+        with pytest.raises(ValueError, match=f"{name}: .*set train.allow_pickle=True"):
+            load(str(path))
+    with pytest.raises(ValueError, match="set train.allow_pickle=True"):
+        checkpointer.load("detectron2://ImageNetPretrained/MSRA/R-50.pkl")
+    assert not (tmp_path / "made").exists()
+
+
+def test_weights_of_another_architecture_are_no_start(tmp_path: Path) -> None:
+    torch.save({"model": {"conv.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    checkpointer = Checkpointer(nn.Linear(2, 2), str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="other.pth holds none of the model's .* such as bias"):
+        checkpointer.load(str(tmp_path / "other.pth"), checkpointables=[])
+    # Some do: those of the same shape are taken, as for a new number of classes.
+    torch.save({"model": {"bias": torch.ones(2)}}, tmp_path / "part.pth")
+    checkpointer.load(str(tmp_path / "part.pth"), checkpointables=[])
+    assert torch.equal(checkpointer.model.bias, torch.ones(2))
+
+
+# --- The best checkpoint.
 
 
 class Scores(TrainerBase):
