@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 
 import torch
 from detectron2.layers import ShapeSpec
@@ -117,11 +118,12 @@ def object_regions(pixels: Tensor, region_logits: Tensor) -> Tensor:
         region_logits: (B, K, h, w).
 
     Returns:
-        (B, C, K, 1), in fp32 or wider: a share of a whole map is too small for fp16.
+        (B, C, K, 1). Computed in fp32 or wider, since a share of a whole map is too small for fp16.
     """
     with _full_precision(pixels):
         shares_BKN = _widened(region_logits).flatten(2).softmax(dim=2)
-        return (_widened(pixels).flatten(2) @ shares_BKN.transpose(1, 2)).unsqueeze(3)
+        regions_BCK = _widened(pixels).flatten(2) @ shares_BKN.transpose(1, 2)
+    return regions_BCK.to(pixels.dtype).unsqueeze(3)
 
 
 class ObjectAttention(nn.Module):
@@ -148,14 +150,13 @@ class ObjectAttention(nn.Module):
         with _full_precision(pixels):
             query_BND = _widened(query).flatten(2).transpose(1, 2)
             key_BDK, value_BDK = _widened(key).flatten(2), _widened(value).flatten(2)
-            weights_BNK = (self.scale * query_BND @ key_BDK).softmax(dim=2)
+            weights_BNK = (query_BND @ (self.scale * key_BDK)).softmax(dim=2)
             context_BDN = value_BDK @ weights_BNK.transpose(1, 2)
         return self.output(context_BDN.to(query.dtype).unflatten(2, query.shape[-2:]))
 
 
 def _convs(widths: Sequence[int], norm: str) -> nn.Sequential:
-    pairs = zip(widths, widths[1:], strict=False)
-    return nn.Sequential(*(conv_norm_relu(a, b, 1, norm=norm) for a, b in pairs))
+    return nn.Sequential(*(conv_norm_relu(a, b, 1, norm=norm) for a, b in pairwise(widths)))
 
 
 def _full_precision(x: Tensor) -> AbstractContextManager:

@@ -261,15 +261,18 @@ def test_one_image_in_training(row: Row) -> None:
     assert decoder.eval()(features).logits.isfinite().all()
 
 
-def test_autocast(row: Row) -> None:
+def test_half_precision(row: Row) -> None:
     decoder = row.build(row.shapes).eval()
     features = inputs(row.shapes)
     with torch.no_grad():
         expected = decoder(features).logits
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            logits = decoder(features).logits
-    assert logits.dtype == torch.bfloat16
-    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
+            autocast = decoder(features).logits
+        halves = {name: x.bfloat16() for name, x in features.items()}
+        cast = decoder.bfloat16()(halves).logits
+    for logits in (autocast, cast):
+        assert logits.dtype == torch.bfloat16
+        assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
 
 
 def test_other_maps_and_their_order_do_not_matter(row: Row) -> None:
