@@ -76,20 +76,19 @@ def _jaccard_steps(errors_GKP: Tensor, foreground_GKP: Tensor, valid_GP: Tensor)
     These are the differences of Algorithm 1 in closed form. Subtracting neighbouring values of the
     Jaccard loss would leave few digits of them, for a step is of the order of 1 / P.
     """
-    # Ignored pixels go to the end, where they change nothing.
+    # Ignored pixels go to the end: there the intersection is empty, and the step 0.
     order = errors_GKP.masked_fill(~valid_GP[:, None], -1).argsort(dim=2, descending=True)
     foreground = foreground_GKP.gather(2, order)
     found = foreground.cumsum(dim=2, dtype=torch.int32)
-    size = found[..., -1:] if found.shape[2] else found.new_zeros(*found.shape[:2], 1)
-    ranks = torch.arange(1, found.shape[2] + 1, device=found.device, dtype=torch.int32)
+    size = foreground.sum(dim=2, keepdim=True, dtype=torch.int32)
+    ranks = torch.arange(1, foreground.shape[2] + 1, device=order.device, dtype=torch.int32)
     # A foreground pixel takes one off the intersection; another adds one to the union instead.
     intersection = (size - found).to(errors_GKP.dtype)
     union = (size + ranks - found).to(errors_GKP.dtype)
     steps = torch.where(foreground, 1 / union, intersection / (union * (union - 1).clamp(min=1)))
     # Of an absent class the first wrong pixel loses everything, and no other anything.
     steps = torch.where(size == 0, (ranks == 1).to(steps.dtype), steps)
-    weights = torch.empty_like(steps).scatter_(2, order, steps)
-    return weights.masked_fill(~valid_GP[:, None], 0)
+    return torch.empty_like(steps).scatter_(2, order, steps)
 
 
 class LovaszSoftmaxLoss(nn.Module):

@@ -1,6 +1,6 @@
 """Cross entropy over the hard pixels only: online hard example mining.
 
-Shape letters: B images, K classes, H W size of the labels, P pixels of the batch.
+Shape letters: B images, K classes, H W size of the labels.
 """
 
 from __future__ import annotations
@@ -41,15 +41,13 @@ def ohem_cross_entropy(
         0-dim fp32 (or fp64) tensor, connected to the graph; 0 where no pixel counts.
     """
     with torch.no_grad():
-        # Of a pixel's probability p, -log p: larger is harder.
+        # Of the probability p of a pixel's class, -log p: larger is harder. Ignored pixels have 0,
+        # so that with fewer than `min_kept` valid ones that is the bound, and all of them count.
         hardness = F.cross_entropy(logits, labels, ignore_index=ignore_label, reduction="none")
-        valid = labels != ignore_label
         hard = hardness > -math.log(threshold)
         count = min(min_kept, hardness.numel())
         if count > 0:
-            hardness_P = hardness.where(valid, -math.inf).flatten()
-            # -inf, and then all valid pixels count, where there are fewer of them.
-            hard |= hardness >= hardness_P.topk(count, sorted=False).values.min()
+            hard |= hardness >= hardness.flatten().topk(count, sorted=False).values.min()
         chosen = labels.where(hard, ignore_label)
     return cross_entropy(logits, chosen, ignore_label=ignore_label, weight=weight)
 
