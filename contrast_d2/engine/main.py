@@ -26,6 +26,7 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from ..data.datasets import check_registered
+from ..evaluation import InferenceProtocol
 from ..segmentor import inference_state_dict
 from .checkpoint import Checkpointer, write_atomically
 from .config import load_config
@@ -220,25 +221,32 @@ def build_train_batches(cfg: DictConfig, start_iteration: int) -> Iterable[Batch
 def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]]:
     """Prepares the evaluation on the config's test set, all processes together.
 
+    The test protocol is `cfg.dataloader.inference`; a config without one runs the model as it is.
+
     Returns:
         model -> {"sem_seg": {"mIoU": percent, ...}} on the main process, {} on others.
 
     Raises:
-        ValueError: the dataset is not there.
+        ValueError: the dataset is not there, or a setting of the protocol is out of range.
     """
+    protocol = instantiate(cfg.dataloader.get("inference")) or InferenceProtocol()
     evaluator, loader = instantiate(cfg.dataloader.evaluator), instantiate(cfg.dataloader.test)
-    return lambda model: _evaluate(model, loader, evaluator)
+    logger.info("Evaluation with %s", protocol)
+    return lambda model: _evaluate(model, protocol, loader, evaluator)
 
 
 def _evaluate(
-    model: nn.Module, loader: Iterable[Batch], evaluator: DatasetEvaluator
+    model: nn.Module,
+    protocol: Callable[[nn.Module], nn.Module],
+    loader: Iterable[Batch],
+    evaluator: DatasetEvaluator,
 ) -> dict[str, Any]:
     training = model.training
     if comm.get_world_size() > 1:
         # Batch norm statistics may differ between processes: those that a checkpoint holds count.
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-    results = inference_on_dataset(model.eval(), loader, evaluator)
+    results = inference_on_dataset(protocol(model.eval()), loader, evaluator)
     model.train(training)
     if comm.is_main_process():
         print_csv_format(results)

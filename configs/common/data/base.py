@@ -10,6 +10,8 @@ from contrast_d2.data import (
 )
 from contrast_d2.evaluation import SemSegEvaluator
 
+from ..inference import whole_image
+
 dataset = dict(train="???", test="???", num_classes="???", ignore_label="???")
 
 dataloader = dict(
@@ -36,6 +38,7 @@ dataloader = dict(
         mapper=L(SemSegMapper)(dataset_name="${dataset.test}", is_train=False),
         num_workers=2,
     ),
+    inference=whole_image,
     evaluator=L(SemSegEvaluator)(
         dataset_name="${dataset.test}",
         output_dir="${train.output_dir}/inference/${dataset.test}",
