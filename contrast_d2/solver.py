@@ -1,9 +1,13 @@
-"""Learning-rate schedules."""
+"""Learning rates: their schedule, and their factors by part of the model."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from detectron2.solver import WarmupParamScheduler
+from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import ParamScheduler, PolynomialDecayParamScheduler
+from torch import nn
 
 
 def poly_schedule(
@@ -34,3 +38,29 @@ def poly_schedule(
     if warmup_iters == 0:
         return decay
     return WarmupParamScheduler(decay, warmup_factor, warmup_iters / max_iter)
+
+
+def optimizer_params(
+    model: nn.Module, *, base_lr: float, head_lr_factor: float, **options: Any
+) -> list[dict[str, Any]]:
+    """Parameter groups in which all but the backbone learn at another rate.
+
+    Args:
+        model: with a `backbone`.
+        base_lr: learning rate of the backbone.
+        head_lr_factor: what it is multiplied by for decoder, projectors and parameters of losses.
+        options: of detectron2's `get_default_optimizer_params`.
+
+    Raises:
+        ValueError: a factor that is not above 0.
+    """
+    if not head_lr_factor > 0:
+        raise ValueError(f"head_lr_factor={head_lr_factor}: must be above 0.")
+    children = dict(model.named_children())
+    backbone = children.pop("backbone")
+    return [
+        *get_default_optimizer_params(backbone, base_lr=base_lr, **options),
+        *get_default_optimizer_params(
+            nn.ModuleDict(children), base_lr=head_lr_factor * base_lr, **options
+        ),
+    ]

@@ -1,4 +1,4 @@
-"""Learning-rate schedules."""
+"""Learning rates: their schedule, and their factors by part of the model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.solver import LRMultiplier
 
-from contrast_d2.solver import poly_schedule
+from contrast_d2.solver import optimizer_params, poly_schedule
 
 
 def rates(max_iter: int, **arguments) -> list[float]:
@@ -61,3 +61,29 @@ def test_warm_up_from_nothing_and_for_one_iteration() -> None:
 def test_mistakes(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         poly_schedule(**arguments)
+
+
+def test_the_head_learns_faster_than_the_backbone() -> None:
+    model = torch.nn.ModuleDict(
+        {
+            "backbone": torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)),
+            "sem_seg_head": torch.nn.Linear(2, 3),
+            "contrast": torch.nn.Linear(2, 4),
+        }
+    )
+    model.backbone[0].bias.requires_grad_(False)
+    groups = optimizer_params(
+        model, base_lr=0.01, head_lr_factor=10, weight_decay=0.1, weight_decay_norm=0.0
+    )
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    linear, norm = model.backbone
+    expected = {id(linear.weight): (0.01, 0.1)}
+    expected |= {id(p): (0.01, 0.0) for p in norm.parameters()}
+    others = (model.sem_seg_head, model.contrast)
+    expected |= {id(p): (0.1, 0.1) for part in others for p in part.parameters()}
+    assert found == expected
+
+
+def test_a_factor_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="head_lr_factor=0"):
+        optimizer_params(torch.nn.Module(), base_lr=0.01, head_lr_factor=0)

@@ -4,18 +4,10 @@ authors (Wang et al., ICCV 2021). Four GPUs.
 python train_net.py --config-file configs/cityscapes/fcn_hrnet48_pixel_40k.py --num-gpus 4
 """
 
-from detectron2.config import LazyCall as _L
-
-from contrast_d2.backbones import joined_channels as _joined_channels
-
-from ..common.contrast.pixel import pixel as _contrast
+from ..common.contrast.pixel import pixel as _pixel
+from ..common.contrast.taps import joined as _joined
+from ..common.contrast.taps import tap as _tap
 from .fcn_hrnet48_base_40k import dataloader, dataset, lr_multiplier, model, optimizer, train
 
-model.contrast = _contrast
-model.contrast.projector.in_channels = _L(_joined_channels)(
-    name="${model.backbone.name}",
-    feature="concat",
-    output_stride="${model.backbone.output_stride}",
-)
-model.contrast.feature = "concat"
+model.contrast = _tap(_pixel, "concat", _joined("concat"))
 train.output_dir = "output/cityscapes/fcn_hrnet48_pixel_40k"

@@ -1,10 +1,18 @@
-"""Optimizers, and the polynomial decay of the learning rate."""
+"""Optimizers and learning-rate schedules.
+
+Experiment files take them by the names that a config has, `optimizer` and `lr_multiplier`:
+
+    from ..common.optim import poly as lr_multiplier, sgd as optimizer
+"""
+
+from copy import deepcopy
 
 from detectron2.config import LazyCall as L
 from detectron2.solver.build import get_default_optimizer_params
-from torch.optim import SGD, AdamW
+from fvcore.common.param_scheduler import StepWithFixedGammaParamScheduler
+from torch.optim import SGD, Adam, AdamW
 
-from contrast_d2.solver import poly_schedule
+from contrast_d2.solver import optimizer_params, poly_schedule
 
 sgd = L(SGD)(
     params=L(get_default_optimizer_params)(),  # the model is filled in by the trainer
@@ -13,13 +21,35 @@ sgd = L(SGD)(
     weight_decay=5e-4,
 )
 
+# Decoder and projectors learn ten times as fast as the backbone.
+sgd_fast_head = deepcopy(sgd)
+sgd_fast_head.params = L(optimizer_params)(base_lr="${..lr}", head_lr_factor=10.0)
+sgd_fast_head.lr = 1e-3
+sgd_fast_head.weight_decay = 1e-4
+
+# Neither norms nor the position biases of Swin are decayed.
 adamw = L(AdamW)(
-    params=L(get_default_optimizer_params)(weight_decay_norm=0.0),
+    params=L(get_default_optimizer_params)(
+        weight_decay_norm=0.0,
+        overrides={"relative_position_bias_table": {"weight_decay": 0.0}},
+    ),
     lr=6e-5,
     betas=(0.9, 0.999),
     weight_decay=0.01,
 )
 
+adam = L(Adam)(params=L(get_default_optimizer_params)(), lr=1e-4)
+
 lr_multiplier = L(poly_schedule)(
     max_iter="${train.max_iter}", power=0.9, warmup_iters=0, warmup_factor=1e-3
+)
+
+# Of Swin's trainings.
+linear_after_warmup = L(poly_schedule)(
+    max_iter="${train.max_iter}", power=1.0, warmup_iters=1500, warmup_factor=1e-6
+)
+
+# 2 % less after each of 50 equal parts of the training, such as epochs.
+two_percent_less = L(StepWithFixedGammaParamScheduler)(
+    base_value=1.0, gamma=0.98, num_decays=49, num_updates="${train.max_iter}"
 )

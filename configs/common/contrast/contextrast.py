@@ -3,14 +3,13 @@ are those of one process."""
 
 from detectron2.config import LazyCall as L
 
-from contrast_d2.backbones import feature_channels
 from contrast_d2.contrast import Contextrast, MultiScaleProjector
+
+from .taps import stages
 
 contextrast = L(Contextrast)(
     projector=L(MultiScaleProjector)(
-        in_channels=L(feature_channels)(
-            name="${model.backbone.name}", output_stride="${model.backbone.output_stride}"
-        ),
+        in_channels=stages,
         embed_dim=256,
         num_hidden=1,
         norm="batch",
