@@ -218,14 +218,12 @@ def check_registered(name: str) -> None:
         if name in register_folder(folder):
             return
     known = list(DatasetCatalog.keys())
-    ours = [other for other in known if separator and other.startswith(stem + separator)]
-    nearest = ours or difflib.get_close_matches(name, known, n=3)
-    if separator and not ours and PathManager.isdir(folder):
-        hint = f"put a {FILE_NAME} into {folder}"
-    elif nearest:
-        hint = f"did you mean {' or '.join(nearest)}?"
-    else:
-        hint = "see DatasetCatalog.list()"
+    siblings = [other for other in known if separator and other.startswith(stem + separator)]
+    nearest = siblings or difflib.get_close_matches(name, known, n=3)
+    hints = [f"did you mean {' or '.join(nearest)}?"] if nearest else []
+    if separator and not siblings:
+        hints.append(f"if it is a folder of yours, put a {FILE_NAME} into {folder}")
+    hint = "; ".join(hints) or "see DatasetCatalog.list()"
     raise ValueError(f"Dataset {name!r} is not registered: {hint}")
 
 

@@ -96,7 +96,7 @@ def _pascal_context() -> Plan:
         target = os.path.join(root, "SegmentationClassContext")
         jobs += [Job(dataset, os.path.join(target, f"{n}.png"), make) for n, make in makers.items()]
         lists[os.path.join(root, f"ImageSets/SegmentationContext/{split}.txt")] = list(makers)
-        counts[dataset] = len(makers)
+        counts[dataset] = (len(makers),)
     if make_all is _pascal_context_mat:
         counts = _counts("pascal_context_60", train=4998, val=5105)
     return Plan(jobs, counts, lists)
@@ -258,17 +258,23 @@ def _mat_labels(path: str, key: str) -> np.ndarray:
     return labels
 
 
-def _counts(dataset: str, **splits: int) -> dict[str, int]:
-    return {f"{dataset}_sem_seg_{split}": count for split, count in splits.items()}
+def _counts(dataset: str, **splits: int | tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {
+        f"{dataset}_sem_seg_{split}": (count,) if isinstance(count, int) else count
+        for split, count in splits.items()
+    }
 
 
-def _as_published(counts: dict[str, int]) -> Plan:
+def _as_published(counts: dict[str, tuple[int, ...]]) -> Plan:
     return Plan([], counts)
 
 
+# Lists of CaDIS' frames have 586 for test; the paper's total of 4,671 frames leaves 587.
+_CADIS_COUNTS = _counts("cadis_task1", train=3550, val=534, test=(586, 587))
+
 PREPARATIONS: dict[str, Callable[[], Plan]] = {
     "ade20k": _ade20k,
-    "cadis": partial(_as_published, _counts("cadis_task1", train=3550, val=534, test=586)),
+    "cadis": partial(_as_published, _CADIS_COUNTS),
     "camvid": partial(_as_published, _counts("camvid", train=367, val=101, test=233)),
     "camvid_original": _camvid_original,
     "cityscapes": _cityscapes,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
@@ -38,8 +38,9 @@ class Plan(NamedTuple):
     """What is to be done for a dataset."""
 
     jobs: list[Job]
-    counts: Mapping[str, int]
-    """Number of images that each split has as published, by the name of the dataset."""
+    counts: Mapping[str, tuple[int, ...]]
+    """Number of images that each split has as published, by the name of the dataset; several where
+    publications differ."""
     lists: Mapping[str, Sequence[str]] = {}
     """Path of each split file to its lines, written when all label files are there."""
 
@@ -88,7 +89,7 @@ def run_plan(plan: Plan, *, workers: int, partial: bool = False, title: str = ""
     return Summary(len(missing), len(plan.jobs) - len(missing), images)
 
 
-def _count_images(names: Mapping[str, int], partial: bool) -> dict[str, int]:
+def _count_images(names: Iterable[str], partial: bool) -> dict[str, int]:
     """Number of images of each dataset as it is loaded."""
     images, failures = {}, []
     for name in names:
@@ -105,12 +106,13 @@ def _count_images(names: Mapping[str, int], partial: bool) -> dict[str, int]:
 
 
 def _check_counts(
-    found: Mapping[str, int], published: Mapping[str, int], what: str, partial: bool
+    found: Mapping[str, int], published: Mapping[str, tuple[int, ...]], what: str, partial: bool
 ) -> None:
     wrong = [
-        f"{name} has {found.get(name, 0):,} {what} and should have {count:,}"
-        for name, count in published.items()
-        if found.get(name, 0) != count
+        f"{name} has {found.get(name, 0):,} {what} and should have "
+        + " or ".join(f"{count:,}" for count in counts)
+        for name, counts in published.items()
+        if found.get(name, 0) not in counts
     ]
     if not wrong:
         return

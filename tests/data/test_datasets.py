@@ -1,7 +1,9 @@
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from PIL import Image
 
 from contrast_d2.data import DATASETS, LabelMap, SemSegMapper, load_labels, register_datasets
 from contrast_d2.data.classes import distinct_colors
+
+ROOT = Path(__file__).parents[2]
 
 # Share of each class in the labelled pixels, in percent, and number of images that hold it, from
 # the description of this release of CamVid.
@@ -250,3 +254,23 @@ def test_camvid_class_shares(camvid):
 def test_camvid_names_match_the_release(camvid):
     lines = (camvid / "classes.txt").read_text().split("\n")[:11]
     assert MetadataCatalog.get("camvid_sem_seg_val").stuff_classes == lines
+
+
+def test_documentation_lists_every_split_and_number():
+    rows = re.findall(
+        r"`(\w+_sem_seg_)` \| ([^|]*) \| (\d+) \| ([^|]*) \|",
+        (ROOT / "docs/datasets.md").read_text(),
+    )
+    documented = {
+        prefix + split: (int(classes), void)
+        for prefix, splits, classes, void in rows
+        for split in re.findall(r"[a-z]+", splits)
+    }
+    assert documented.keys() == {row.name for row in DATASETS}
+    for row in DATASETS:
+        classes, void = documented[row.name]
+        assert classes == len(row.classes.names)
+        void_ids = LabelMap.from_metadata(MetadataCatalog.get(row.name)).void_ids
+        first, _, last = void.partition(" to ")
+        listed = range(int(first), int(last) + 1) if last else map(int, re.findall(r"\d+", void))
+        assert set(listed) == set(void_ids)

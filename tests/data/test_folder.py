@@ -78,7 +78,9 @@ def test_the_config_follows_the_command_line(folder) -> None:
 def test_number_of_classes_of_an_unknown_dataset() -> None:
     with pytest.raises(ValueError, match="'camvid_sem_seg_trian' .*did you mean camvid_sem_seg_"):
         num_classes("camvid_sem_seg_trian")
-    with pytest.raises(ValueError, match="'camvit_sem_seg_val' .*did you mean camvid_sem_seg_val "):
+    with pytest.raises(
+        ValueError, match="'camvit_sem_seg_val' .*did you mean camvid_sem_seg_val .* "
+    ):
         num_classes("camvit_sem_seg_val")
 
 
