@@ -329,7 +329,18 @@ def test_sums_of_low_precision_scores_are_fp32(dtype, window):
     assert (scores - exact).abs().max() < 8 * torch.finfo(dtype).eps
 
 
-# What is kept
+# What is kept, and where
+
+
+def test_views_and_sums_are_on_the_device_of_the_model():
+    model = Model(pixelwise)
+    model.register_buffer("weight", torch.empty(1, device="meta"))
+    protocol = InferenceProtocol(
+        scales=[0.5, 1.5], flip=True, window=10, stride=7, pad_value=MEAN, batch_size=2
+    )
+    (scores,) = scores_of(protocol(model), sample(12, 16, height=24, width=32))
+    assert (scores.device.type, tuple(scores.shape)) == ("meta", (4, 24, 32))
+    assert {x["image"].device.type for batch in model.batches for x in batch} == {"meta"}
 
 
 class Watched(Model):
