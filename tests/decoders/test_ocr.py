@@ -79,13 +79,21 @@ def test_attention_is_in_full_precision_under_autocast(dtype: torch.dtype) -> No
     with torch.autocast("cpu", dtype=dtype):
         assert torch.equal(object_regions(pixels, logits), expected)
         assert torch.equal(attention(pixels, expected), context)
-    # Halves in, halves out, rounded once.
-    pixels, logits = pixels.to(dtype), logits.to(dtype)
-    exact = object_regions(pixels.double(), logits.double())
-    bound = torch.finfo(dtype).eps
-    torch.testing.assert_close(
-        object_regions(pixels, logits), exact.to(dtype), rtol=bound, atol=bound
-    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_rounded_once(dtype: torch.dtype) -> None:
+    # Similarities of about 100, which halves round to quarters or so.
+    pixels, regions = 8 * torch.randn(2, 16, 7, 9), 8 * torch.randn(2, 16, 5, 1)
+    pixels, regions = pixels.to(dtype), regions.to(dtype)
+    attention = bare_attention(16)
+    context = attention(pixels, regions)
+    # As `value` hands it on, in halves.
+    exact = attention_reference(pixels, regions.relu(), regions.tanh())
+    torch.testing.assert_close(context, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    # 490,000 pixels, of whose shares fp16 has two digits.
+    pixels, logits = torch.full((1, 1, 700, 700), 8.0), torch.zeros(1, 1, 700, 700)
+    assert object_regions(pixels.to(dtype), logits.to(dtype)).item() == 8.0
 
 
 @pytest.mark.parametrize(
