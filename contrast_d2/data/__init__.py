@@ -1,21 +1,20 @@
 """Datasets, augmentation and loading. Importing this package registers the built-in datasets."""
 
 from .augmentations import (
-    ColorJitter,
     RandomGaussianBlur,
-    RandomPad,
-    RandomScale,
     ReflectPad,
     full_frame_augmentations,
     train_augmentations,
 )
 from .classes import Classes
+from .colors import ColorJitter
 from .datasets import DATASETS, Dataset, num_classes, register_datasets, register_folder
 from .files import load_folders
 from .labels import IGNORE_LABEL, LabelMap, load_labels
 from .loaders import build_test_loader, build_train_loader
 from .mapper import SemSegMapper
 from .samplers import ResumableTrainingSampler, sample_rng
+from .scaling import RandomPad, RandomScale, RandomScaledCrop
 
 register_datasets()
 
@@ -29,6 +28,7 @@ __all__ = [
     "RandomGaussianBlur",
     "RandomPad",
     "RandomScale",
+    "RandomScaledCrop",
     "ReflectPad",
     "ResumableTrainingSampler",
     "SemSegMapper",

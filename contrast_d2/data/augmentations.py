@@ -6,91 +6,18 @@ from numpy's global state, detectron2's convention, so that seeding it fixes the
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 from detectron2.data import transforms as T
-from fvcore.transforms.transform import NoOpTransform, PadTransform, Transform
-from PIL import Image, ImageFilter
-from torchvision.transforms import functional as tvf
+from fvcore.transforms.transform import NoOpTransform, Transform
+from PIL import ImageFilter
 
+from .checks import checked_probability, checked_range
+from .colors import ColorJitter
 from .labels import IGNORE_LABEL
-
-
-class RandomScale(T.Augmentation):
-    """Resizes by a random factor, optionally with a random change of the aspect ratio.
-
-    With a factor s and an aspect change a, the width is multiplied by s * sqrt(a) and the height by
-    s / sqrt(a), so that a changes the shape and not the area. Images are resized bilinearly,
-    labels to the nearest pixel.
-
-    Args:
-        scale: range of s, uniform.
-        aspect: range of a, uniform, or None to keep the aspect ratio.
-
-    Raises:
-        ValueError: if a range is not 0 < low <= high.
-    """
-
-    def __init__(
-        self, scale: Sequence[float] = (0.5, 2.0), aspect: Sequence[float] | None = None
-    ) -> None:
-        super().__init__()
-        self.scale = _checked_range("scale", scale)
-        self.aspect = None if aspect is None else _checked_range("aspect", aspect)
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws a resize of the image."""
-        height, width = image.shape[:2]
-        scale = np.random.uniform(*self.scale)
-        stretch = 1.0 if self.aspect is None else math.sqrt(np.random.uniform(*self.aspect))
-        new_height = max(1, round(height * scale / stretch))
-        new_width = max(1, round(width * scale * stretch))
-        return T.ResizeTransform(height, width, new_height, new_width, Image.BILINEAR)
-
-
-class RandomPad(T.Augmentation):
-    """Pads an image that is smaller than a size, placing it at a random offset.
-
-    Args:
-        size: (height, width) in pixels that the result has at least.
-        pad_value: value of the padded image pixels, 0..255.
-        ignore_label: label of the padded pixels.
-
-    Raises:
-        ValueError: if size is not two positive integers, or pad_value lies outside 0..255.
-    """
-
-    def __init__(
-        self, size: Sequence[int], pad_value: int = 0, ignore_label: int = IGNORE_LABEL
-    ) -> None:
-        super().__init__()
-        if not 0 <= pad_value <= 255:
-            raise ValueError(f"pad_value must lie in 0..255, got {pad_value}")
-        self.size = _checked_size("size", size)
-        self.pad_value = pad_value
-        self.ignore_label = ignore_label
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws a padding of the image."""
-        height, width = image.shape[:2]
-        extra_height, extra_width = max(0, self.size[0] - height), max(0, self.size[1] - width)
-        if extra_height == 0 and extra_width == 0:
-            return NoOpTransform()
-        top = np.random.randint(extra_height + 1)
-        left = np.random.randint(extra_width + 1)
-        return PadTransform(
-            left,
-            top,
-            extra_width - left,
-            extra_height - top,
-            orig_w=width,
-            orig_h=height,
-            pad_value=self.pad_value,
-            seg_pad_value=self.ignore_label,
-        )
+from .scaling import RandomScaledCrop
 
 
 class ReflectPad(T.Augmentation):
@@ -153,8 +80,8 @@ class RandomGaussianBlur(T.Augmentation):
 
     def __init__(self, probability: float, radius: Sequence[float]) -> None:
         super().__init__()
-        self.probability = _checked_probability("probability", probability)
-        self.radius = _checked_range("radius", radius)
+        self.probability = checked_probability("probability", probability)
+        self.radius = checked_range("radius", radius)
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """Draws a blur of the image, or none."""
@@ -162,51 +89,6 @@ class RandomGaussianBlur(T.Augmentation):
             return NoOpTransform()
         blur = ImageFilter.GaussianBlur(np.random.uniform(*self.radius))
         return T.PILColorTransform(lambda pil_image: pil_image.filter(blur))
-
-
-class ColorJitter(T.Augmentation):
-    """Changes brightness, contrast, saturation and hue, in random order, of an RGB uint8 image.
-
-    Args:
-        brightness, contrast, saturation: range of the factor, uniform; 1 changes nothing.
-        hue: largest shift of the hue, as a part of the colour circle in 0..0.5.
-
-    Raises:
-        ValueError: if a range is not 0 < low <= high, or hue lies outside 0..0.5.
-    """
-
-    def __init__(
-        self,
-        brightness: Sequence[float] = (2 / 3, 1.5),
-        contrast: Sequence[float] = (2 / 3, 1.5),
-        saturation: Sequence[float] = (2 / 3, 1.5),
-        hue: float = 0.05,
-    ) -> None:
-        super().__init__()
-        if not 0 <= hue <= 0.5:
-            raise ValueError(f"hue must lie in 0..0.5, got {hue}")
-        self.brightness = _checked_range("brightness", brightness)
-        self.contrast = _checked_range("contrast", contrast)
-        self.saturation = _checked_range("saturation", saturation)
-        self.hue = hue
-
-    def get_transform(self, image: np.ndarray) -> Transform:
-        """Draws a change of the colours."""
-        changes = [
-            (tvf.adjust_brightness, np.random.uniform(*self.brightness)),
-            (tvf.adjust_contrast, np.random.uniform(*self.contrast)),
-            (tvf.adjust_saturation, np.random.uniform(*self.saturation)),
-            (tvf.adjust_hue, np.random.uniform(-self.hue, self.hue)),
-        ]
-        order = np.random.permutation(len(changes))
-
-        def apply(pil_image: Image.Image) -> Image.Image:
-            for i in order:
-                adjust, amount = changes[i]
-                pil_image = adjust(pil_image, amount)
-            return pil_image
-
-        return T.PILColorTransform(apply)
 
 
 def train_augmentations(
@@ -248,19 +130,9 @@ def train_augmentations(
     Reference: Pissas et al., "Multi-scale and Cross-scale Contrastive Learning for Semantic
         Segmentation", ECCV 2022, training settings.
     """
-    crop_size = _checked_size("crop_size", crop_size)
-    if not 0 < max_class_area <= 1:
-        raise ValueError(f"max_class_area must lie in (0, 1], got {max_class_area}")
-    _checked_probability("flip", flip)
+    checked_probability("flip", flip)
     augmentations: list[T.Augmentation] = [
-        RandomScale(scale, aspect),
-        RandomPad(crop_size, pad_value, ignore_label),
-        T.RandomCrop_CategoryAreaConstraint(
-            "absolute",
-            crop_size,
-            single_category_max_area=max_class_area,
-            ignored_category=ignore_label,
-        ),
+        RandomScaledCrop(crop_size, scale, aspect, max_class_area, pad_value, ignore_label),
         T.RandomFlip(flip),
     ]
     if short_side is not None:
@@ -301,25 +173,7 @@ def full_frame_augmentations(
     """
     return [
         ReflectPad(multiple),
-        T.RandomFlip(_checked_probability("flip", flip)),
+        T.RandomFlip(checked_probability("flip", flip)),
         RandomGaussianBlur(blur, blur_radius),
         ColorJitter(),
     ]
-
-
-def _checked_range(name: str, value: Sequence[float]) -> tuple[float, float]:
-    if len(value) != 2 or not 0 < value[0] <= value[1]:
-        raise ValueError(f"{name} must be a range (low, high) with 0 < low <= high, got {value}")
-    return float(value[0]), float(value[1])
-
-
-def _checked_probability(name: str, value: float) -> float:
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} is a probability and must lie in 0..1, got {value}")
-    return float(value)
-
-
-def _checked_size(name: str, value: Sequence[int]) -> tuple[int, int]:
-    if len(value) != 2 or any(int(v) != v or v < 1 for v in value):
-        raise ValueError(f"{name} must be (height, width), two positive integers, got {value}")
-    return int(value[0]), int(value[1])

@@ -5,6 +5,7 @@ H, W: height and width of one label map. K: number of classes, whose contiguous 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -12,6 +13,8 @@ import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+
+from .reading import READ_ERRORS, decode_png
 
 IGNORE_LABEL = 255
 
@@ -44,6 +47,8 @@ class LabelMap:
     ignore_label: int = IGNORE_LABEL
     dataset_name: str = field(default="this dataset", compare=False)
     _table: np.ndarray = field(init=False, repr=False, compare=False)
+    _byte_table: bytes | None = field(init=False, repr=False, compare=False)
+    _byte_illegal: int | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         classes = sorted(set(self.id_to_class.values()))
@@ -66,6 +71,11 @@ class LabelMap:
         table[list(self.id_to_class)] = list(self.id_to_class.values())
         table[list(self.void_ids)] = self.ignore_label
         object.__setattr__(self, "_table", table)
+        # What stands for illegal values among 8-bit results: of 256, K + 1 are taken.
+        byte_illegal = next((i for i in range(256) if i not in (*classes, self.ignore_label)), None)
+        bytes_out = [byte_illegal if i == _ILLEGAL else int(i) for i in table[:256]]
+        object.__setattr__(self, "_byte_illegal", byte_illegal)
+        object.__setattr__(self, "_byte_table", None if byte_illegal is None else bytes(bytes_out))
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> LabelMap:
@@ -127,6 +137,11 @@ class LabelMap:
                 f"of {array.dtype}"
             )
         index = array.astype(np.uint8) if array.dtype == bool else array
+        if index.dtype == np.uint8 and self._byte_table is not None:
+            # Ten times as fast as indexing. What is illegal takes the way below, to be named.
+            mapped = bytearray(np.ascontiguousarray(index)).translate(self._byte_table)
+            if self._byte_illegal not in mapped:
+                return np.frombuffer(mapped, np.uint8).reshape(array.shape)
         if index.dtype not in (np.uint8, np.uint16):
             index = np.where((index >= 0) & (index < _NUM_IDS), index, _NUM_IDS)
         mapped = self._table[index]
@@ -157,10 +172,13 @@ def load_labels(path: str, label_map: LabelMap) -> np.ndarray:
             neither a class nor void. The message names the file.
     """
     try:
-        with PathManager.open(path, "rb") as file, Image.open(file) as image:
-            mode = image.mode
-            array = np.asarray(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with PathManager.open(path, "rb") as file:
+            data = file.read()
+        array, mode = decode_png(data, channels=1), "L"
+        if array is None:
+            with Image.open(io.BytesIO(data)) as image:
+                array, mode = np.asarray(image), image.mode
+    except READ_ERRORS as error:
         raise ValueError(f"Cannot read the label image {path}: {error}") from error
     if mode not in _LABEL_MODES:
         raise ValueError(

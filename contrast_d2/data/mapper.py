@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
 from fvcore.transforms.transform import Transform
-from PIL import Image
 
 from .datasets import check_registered
 from .labels import LabelMap, load_labels
+from .reading import read_rgb
 
 
 class SemSegMapper:
@@ -64,7 +63,7 @@ class SemSegMapper:
                 message names the file.
         """
         file_name = dataset_dict["file_name"]
-        image = _read_rgb(file_name)
+        image = read_rgb(file_name)
         height, width = image.shape[:2]
         declared = dataset_dict.get("height", height), dataset_dict.get("width", width)
         if declared != (height, width):
@@ -100,11 +99,3 @@ class SemSegMapper:
                 f"{size}, {path} has {labels.shape}"
             )
         return labels
-
-
-def _read_rgb(path: str) -> np.ndarray:
-    """Reads an image as (H, W, 3) uint8 RGB."""
-    try:
-        return read_image(path, format="RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"Cannot read the image {path}: {error}") from error

@@ -11,6 +11,7 @@ from contrast_d2.data import (
     RandomGaussianBlur,
     RandomPad,
     RandomScale,
+    RandomScaledCrop,
     ReflectPad,
     full_frame_augmentations,
     train_augmentations,
@@ -268,8 +269,9 @@ def test_blur_has_its_share_and_leaves_labels_alone():
 def test_short_side_comes_before_the_random_scale():
     image, labels = np.zeros((100, 300, 3), np.uint8), np.zeros((100, 300), np.uint8)
     augmentations = train_augmentations((50, 50), short_side=50, scale=(1, 1), aspect=None)
-    resized, _ = apply(augmentations[:2], image, labels)
+    resized, _ = apply(augmentations[:1], image, labels)
     assert resized.shape == (50, 150, 3)
+    assert isinstance(augmentations[1], RandomScaledCrop)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,21 @@ def test_values_become_contiguous(label_map, dtype):
     assert mapped.tolist() == [[0, 2], [255, 1]]
 
 
+@pytest.mark.parametrize("num_classes", [3, 254, 255])
+def test_8_bit_labels_take_a_way_of_their_own_to_the_same_classes(num_classes):
+    """255 classes and the ignored label leave no value that could stand for illegal ones."""
+    ids = {i: (i * 2) % num_classes if num_classes % 2 else i for i in range(num_classes)}
+    label_map = LabelMap(ids, void_ids=(255,), ignore_label=255)
+    labels = np.random.default_rng(0).choice([*ids, 255], (40, 30)).astype(np.uint8)
+    for view in (labels, labels[:, ::-1], labels.T):
+        expected = label_map.apply(view.astype(np.int32), "x.png")
+        assert np.array_equal(label_map.apply(view, "x.png"), expected)
+    if num_classes == 3:
+        labels[1, 2] = 77
+        with pytest.raises(ValueError, match=r"1 of 1200 pixels hold label values \[77\]"):
+            label_map.apply(labels, "x.png")
+
+
 def test_undefined_values_are_reported(label_map):
     labels = np.array([[7, 9, 9], [255, 300, 8]], dtype=np.uint16)
     with pytest.raises(ValueError) as error:

@@ -1,0 +1,73 @@
+"""Changes of colour: those of torchvision, and the hue's exact shift."""
+
+import colorsys
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.transforms import functional as tvf
+
+from contrast_d2.data import ColorJitter
+from contrast_d2.data.colors import shift_hue
+
+
+def exactly_shifted(image, shift):
+    """Hue, saturation and value in float64, back to 0..255 without rounding."""
+    result = np.empty(image.shape)
+    for place in np.ndindex(image.shape[:2]):
+        hue, saturation, value = colorsys.rgb_to_hsv(*(image[place] / 255.0))
+        result[place] = np.multiply(colorsys.hsv_to_rgb((hue + shift) % 1, saturation, value), 255)
+    return result
+
+
+@pytest.fixture
+def image():
+    """Random colours, and the pure and grey ones at which the sectors of the hue meet."""
+    colors = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    corners = np.array(np.meshgrid(*[[0, 255, 90]] * 3)).reshape(3, -1).T
+    colors[0, : len(corners)] = corners
+    return colors
+
+
+@pytest.mark.parametrize(
+    "shift", [0.0, 0.05, -0.05, 0.0123, 1 / 12, -1 / 12, 1 / 6, -1 / 6, 0.2, -0.35, 0.5, -0.5]
+)
+def test_hue_is_shifted_exactly_up_to_rounding(image, shift):
+    error = abs(shift_hue(image, shift) - exactly_shifted(image, shift))
+    assert error.max() < 1
+    assert error.mean() < 0.3
+
+
+def test_hue_is_nearer_to_the_exact_one_than_pillows(image):
+    """The reason not to take torchvision's: it costs more and rounds hues to 256 steps."""
+    exact = exactly_shifted(image, 0.05)
+    theirs = abs(np.asarray(tvf.adjust_hue(Image.fromarray(image), 0.05)) - exact)
+    ours = abs(shift_hue(image, 0.05) - exact)
+    assert theirs.max() > 5 > 5 * ours.max()
+    # Both are the same change of colour, in the same direction.
+    assert theirs.mean() < 2 < abs(image - exact).mean()
+
+
+def test_blocks_of_rows_leave_no_seam():
+    """Images of more pixels than a block, and views as flips hand them over."""
+    image = np.random.default_rng(0).integers(0, 256, (300, 700, 3), dtype=np.uint8)
+    shifted = shift_hue(image, 0.04)
+    assert np.array_equal(shift_hue(image[:, ::-1], 0.04), shifted[:, ::-1])
+    rows = [shift_hue(image[i : i + 1], 0.04) for i in range(300)]
+    assert np.array_equal(np.concatenate(rows), shifted)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_brightness_contrast_and_saturation_are_torchvisions(image, seed):
+    """To the bit, in any order."""
+    np.random.seed(seed)
+    found = ColorJitter(hue=0.0).get_transform(image).apply_image(image)
+    np.random.seed(seed)
+    factors = [np.random.uniform(2 / 3, 1.5) for _ in range(3)]
+    np.random.uniform(0, 0)
+    expected = Image.fromarray(image)
+    adjust = [tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation]
+    for i in np.random.permutation(4):
+        if i < 3:
+            expected = adjust[i](expected, factors[i])
+    assert np.array_equal(found, np.asarray(expected))

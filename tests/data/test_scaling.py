@@ -1,0 +1,149 @@
+"""Scale, pad and crop in one step: the same draws and pixels as in three."""
+
+import numpy as np
+import pytest
+from detectron2.data import DatasetCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import read_image
+from PIL import Image
+
+from contrast_d2.data import RandomPad, RandomScale, RandomScaledCrop
+from contrast_d2.data.scaling import ScaledCropTransform
+
+SCALE, ASPECT = (0.5, 2.0), (0.9, 1.1)
+
+
+def in_three_steps(crop_size, scale=SCALE, aspect=ASPECT, max_class_area=0.75, pad_value=7):
+    return [
+        RandomScale(scale, aspect),
+        RandomPad(crop_size, pad_value, 255),
+        T.RandomCrop_CategoryAreaConstraint(
+            "absolute",
+            crop_size,
+            single_category_max_area=max_class_area,
+            ignored_category=255,
+        ),
+    ]
+
+
+def in_one_step(crop_size, scale=SCALE, aspect=ASPECT, max_class_area=0.75, pad_value=7):
+    return [RandomScaledCrop(crop_size, scale, aspect, max_class_area, pad_value)]
+
+
+def apply(augmentations, image, labels, seed):
+    """Image, labels, and a random number that tells how many were drawn before it."""
+    np.random.seed(seed)
+    sample = T.AugInput(image, sem_seg=labels)
+    T.AugmentationList(augmentations)(sample)
+    return sample.image, sample.sem_seg, np.random.rand()
+
+
+def noise(height, width):
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return image, rng.integers(0, 12, (height, width), dtype=np.uint8)
+
+
+def assert_same(image, labels, seeds, share, **arguments):
+    """Every draw gives the same labels and, but for the rounding of few pixels, image."""
+    shares = []
+    for seed in range(seeds):
+        expected = apply(in_three_steps(**arguments), image, labels, seed)
+        found = apply(in_one_step(**arguments), image, labels, seed)
+        assert np.array_equal(found[1], expected[1])
+        assert found[2] == expected[2]
+        difference = abs(found[0].astype(int) - expected[0])
+        assert difference.max() <= 2
+        shares.append((difference > 0).mean())
+    assert np.mean(shares) < share
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_size"),
+    [
+        ((37, 53), (40, 30)),  # padded in one direction, cropped in the other
+        ((97, 31), (64, 64)),
+        ((5, 7), (9, 9)),
+        ((150, 200), (50, 60)),
+        ((120, 160), (120, 160)),
+    ],
+)
+@pytest.mark.parametrize("max_class_area", [1.0, 0.75, 0.1])
+def test_each_draw_is_that_of_three_steps(size, crop_size, max_class_area):
+    assert_same(*noise(*size), 40, share=0.1, crop_size=crop_size, max_class_area=max_class_area)
+
+
+def test_each_draw_is_that_of_three_steps_on_a_real_image(camvid):
+    record = DatasetCatalog.get("camvid_sem_seg_train")[5]
+    image = read_image(record["file_name"], "RGB")
+    labels = read_image(record["sem_seg_file_name"], "L")[..., 0]
+    # Road and building make the constraint bite at this share.
+    assert_same(image, labels, 12, share=0.01, crop_size=(200, 300), max_class_area=0.4)
+    # The smallest scale averages over eight pixels.
+    assert_same(image, labels, 4, share=0.01, crop_size=(60, 60), scale=(0.125, 0.2), aspect=None)
+
+
+@pytest.mark.parametrize("new", [(3, 200), (50, 64), (64, 50), (127, 129), (1, 1)])
+def test_nearest_pixels_are_pillows(new):
+    """Every pixel of the map has another value, so that each misplaced one shows."""
+    labels = np.arange(50 * 64, dtype=np.int32).reshape(50, 64)
+    found = ScaledCropTransform((50, 64), new, (0, 0), new).apply_segmentation(labels)
+    expected = Image.fromarray(labels).resize(new[::-1], Image.NEAREST)
+    assert found.dtype == np.int32
+    assert np.array_equal(found, np.asarray(expected))
+
+
+def test_only_what_the_window_needs_is_resized(monkeypatch):
+    sizes = []
+    fromarray = Image.fromarray
+
+    def spy(array):
+        sizes.append(array.shape)
+        return fromarray(array)
+
+    monkeypatch.setattr(Image, "fromarray", spy)
+    image = np.zeros((1000, 2000, 3), dtype=np.uint8)
+    window = ScaledCropTransform((1000, 2000), (2000, 4000), (700, 900), (100, 200))
+    assert window.apply_image(image).shape == (100, 200, 3)
+    # Half as many pixels on each axis, and those that interpolation reaches beside them.
+    assert sizes == [(52, 102, 3)]
+
+
+def test_points_move_with_the_pixels():
+    """Against detectron2's resize and crop, and with the padding as an offset."""
+    points = np.array([[0.0, 0.0], [12.5, 7.0], [63.0, 49.0]])
+    window = ScaledCropTransform((50, 64), (100, 32), (30, 4), (20, 20))
+    resized = T.ResizeTransform(50, 64, 100, 32).apply_coords(points.copy())
+    assert np.allclose(window.apply_coords(points.copy()), resized - [4, 30])
+    padded = ScaledCropTransform((50, 64), (50, 64), (-6, -3), (60, 70))
+    assert np.allclose(padded.apply_coords(points.copy()), points + [3, 6])
+
+
+def test_crops_without_limit_need_no_labels():
+    image, labels = noise(40, 50)
+    crop = in_one_step((20, 30), max_class_area=1.0)
+    with_labels, without = (apply(crop, image, seg, seed=3) for seg in (labels, None))
+    assert np.array_equal(with_labels[0], without[0]) and without[1] is None
+    with pytest.raises(ValueError, match=r"max_class_area 0\.5 needs labels"):
+        apply(in_one_step((20, 30), max_class_area=0.5), image, None, seed=3)
+
+
+def test_other_images_are_refused():
+    window = ScaledCropTransform((50, 64), (100, 128), (0, 0), (20, 20))
+    with pytest.raises(ValueError, match=r"\(50, 64\).*\(64, 50\)"):
+        window.apply_image(np.zeros((64, 50, 3), dtype=np.uint8))
+    with pytest.raises(ValueError, match=r"\(50, 64\).*\(64, 50\)"):
+        window.apply_segmentation(np.zeros((64, 50), dtype=np.uint8))
+    with pytest.raises(ValueError, match="float32"):
+        window.apply_image(np.zeros((50, 64, 3), dtype=np.float32))
+    with pytest.raises(ValueError, match=r"\(50, 64, 4\)"):
+        window.apply_image(np.zeros((50, 64, 4), dtype=np.uint8))
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match=r"max_class_area.*got 1\.5"):
+        RandomScaledCrop((4, 4), max_class_area=1.5)
+    with pytest.raises(ValueError, match=r"scale.*\(0, 1\)"):
+        RandomScaledCrop((4, 4), scale=(0, 1))
+    with pytest.raises(ValueError, match=r"crop_size.*\(4, 0\)"):
+        RandomScaledCrop((4, 0))
