@@ -2,7 +2,9 @@
 """Trains or evaluates the model of an experiment file.
 
 python train_net.py --config-file configs/camvid/semfpn_r18_ms_cs_6k.py
-    [--num-gpus N] [--resume] [--eval-only] [key=value ...]
+    [--num-gpus N] [--resume] [--eval-only] [--import MODULE] [key=value ...]
+
+The file may also be a yaml config of detectron2, with overrides KEY VALUE ...
 """
 
 import sys
@@ -12,15 +14,21 @@ import warnings
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=FutureWarning)
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
 
-from detectron2.engine import default_argument_parser  # noqa: E402
 from torch.multiprocessing import ProcessExitedException  # noqa: E402
 
-from contrast_d2.engine import launch, load_config, main  # noqa: E402
+from contrast_d2.engine import (  # noqa: E402
+    argument_parser,
+    import_modules,
+    launch,
+    load_config,
+    main,
+)
 
 
 def run() -> None:
-    args = default_argument_parser().parse_args()
+    args = argument_parser().parse_args()
     try:
+        import_modules(args.imports)
         load_config(args.config_file, args.opts)  # a mistake is told before processes start
         launch(
             main,

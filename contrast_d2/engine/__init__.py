@@ -1,7 +1,7 @@
 """Training and evaluation jobs: config, launch, trainer, checkpoints."""
 
 from .checkpoint import Checkpointer
-from .config import load_config
+from .config import argument_parser, import_modules, load_config
 from .hooks import BestCheckpointer
 from .launch import launch
 from .main import main
@@ -12,6 +12,8 @@ __all__ = [
     "Checkpointer",
     "NonFiniteLossError",
     "Trainer",
+    "argument_parser",
+    "import_modules",
     "launch",
     "load_config",
     "main",

@@ -1,48 +1,183 @@
-"""Loading an experiment file and applying the command line's overrides to it."""
+"""Loading an experiment file and applying the command line's overrides to it, and importing the
+modules that it needs."""
 
 from __future__ import annotations
 
+import argparse
+import ast
 import difflib
+import importlib
 import inspect
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from detectron2.config import LazyConfig
+import yaml
+from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.engine import default_argument_parser
+from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from ..yacs import add_contrast_config, tree_from_yacs
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
-    """Reads a LazyConfig file.
+
+def argument_parser() -> argparse.ArgumentParser:
+    """detectron2's arguments of a training program, and `--import`."""
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module to import first, by name or as a .py file, for what it registers: backbones, "
+        "decoders, contrast methods, datasets; may be repeated",
+    )
+    return parser
+
+
+def import_modules(modules: Sequence[str]) -> None:
+    """Imports modules for what they register. Their folders are added to the import path, so that
+    data workers find them too.
 
     Args:
-        path: of a `.py` file, or of a `.yaml` that a run has saved. Either can run code.
-        overrides: "key=value", in hydra's grammar; None and null both mean None. A key is one of
-            the config, or an argument with a default of the callable that the config names there.
+        modules: names, also of modules in the current folder, or paths of `.py` files.
 
     Raises:
-        ValueError: no such file, a malformed override or an unknown key.
+        ValueError: there is no such module, or another one goes by its name.
+    """
+    for module in modules:
+        is_file = module.endswith(".py")
+        folder, name = os.path.split(os.path.abspath(module)) if is_file else (os.getcwd(), module)
+        name = name.removesuffix(".py")
+        if folder not in sys.path:
+            sys.path.append(folder)
+        try:
+            found = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # something that the module itself imports
+            raise ValueError(
+                f"--import {module}: there is no such module, neither installed nor here. Name a "
+                "module, or a .py file."
+            ) from error
+        if is_file and os.path.realpath(found.__file__ or "") != os.path.realpath(module):
+            raise ValueError(
+                f"--import {module}: the name {name} is taken by {found.__file__}. Rename the file."
+            )
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """Reads a LazyConfig file, or a yaml config of detectron2 as the LazyConfig it stands for.
+
+    Args:
+        path: of a `.py` file, or of a `.yaml`: one that a run has saved, or one of detectron2,
+            which has keys in upper case. Any of them can run code.
+        overrides: "key=value", in hydra's grammar; None and null both mean None. A key is one of
+            the config, or an argument with a default of the callable that the config names there.
+            For a yaml config of detectron2, its KEY and VALUE in turn.
+
+    Raises:
+        ValueError: no such file, a malformed override, an unknown key, or one without effect.
     """
     if not path:
         raise ValueError("--config-file is missing: name an experiment file under configs/.")
     if not os.path.isfile(path):
         raise ValueError(f"--config-file {path}: there is no such file.")
+    for text in overrides:
+        if text.startswith("--"):
+            raise ValueError(f"{text}: flags go before the overrides.")
+    if path.endswith((".yaml", ".yml")) and _is_yacs(path):
+        return tree_from_yacs(load_yacs(path, overrides))
     cfg = LazyConfig.load(path)
     for override in _parse(overrides):
         _apply(cfg, override)
     return cfg
 
 
+def _is_yacs(path: str) -> bool:
+    """Whether a yaml file is a config of detectron2 (MODEL: ...), not one that a run has saved."""
+    with PathManager.open(path) as file:
+        try:
+            root = yaml.compose(file)  # names no objects yet, and so runs no code
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config-file {path} is not valid yaml: {error}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise ValueError(f"--config-file {path} holds no keys.")
+    return all(str(key.value).isupper() for key, _ in root.value)
+
+
+def load_yacs(path: str, overrides: Sequence[str] = ()) -> CfgNode:
+    """Reads a yaml config of detectron2, with the keys that `add_contrast_config` knows.
+
+    Args:
+        path: of the file.
+        overrides: keys and values in turn.
+
+    Raises:
+        ValueError: an unknown key, a value of another type than its default, a key without value,
+            or a file that cannot be read.
+    """
+    cfg = get_cfg()
+    add_contrast_config(cfg)
+    try:
+        _merge(cfg, CfgNode.load_yaml_with_base(path, allow_unsafe=True))
+    except (AssertionError, OSError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"--config-file {path} cannot be read: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"--config-file {path}: {error}") from error
+    for text in overrides[::2]:
+        if "=" in text:
+            raise ValueError(
+                f"{text}: {path} is a config of detectron2, whose overrides are KEY VALUE, such as "
+                "SOLVER.MAX_ITER 100."
+            )
+    if len(overrides) % 2:
+        raise ValueError(f"{overrides[-1]}: the last override has no value. Write KEY VALUE.")
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        *sections, last = key.split(".")
+        # yacs evaluates other values itself, but would not take a dict for a section.
+        values: dict[str, Any] = {last: _literal(value) if value.startswith("{") else value}
+        for section in reversed(sections):
+            values = {section: values}
+        _merge(cfg, values)
+    return cfg
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(
+            f"cannot read {text!r}: write it as in Python, {{'res2': 1.0}}."
+        ) from error
+
+
+def _merge(cfg: CfgNode, values: dict[str, Any]) -> None:
+    try:
+        cfg.merge_from_other_cfg(CfgNode(values))
+    except KeyError as error:
+        key = error.args[0].rpartition(" ")[2]
+        near = difflib.get_close_matches(key, list(_yacs_keys(cfg)), n=1, cutoff=0.0)
+        raise ValueError(f"unknown config key {key}. Did you mean {near[0]}?") from error
+
+
+def _yacs_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        yield prefix + key
+        if isinstance(value, CfgNode):
+            yield from _yacs_keys(value, f"{prefix}{key}.")
+
+
 def _parse(overrides: Sequence[str]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for text in overrides:
-        if text.startswith("--"):
-            raise ValueError(f"{text}: flags go before the key=value overrides.")
         try:
             override = parser.parse_override(text)
         except HydraException as error:

@@ -29,7 +29,7 @@ from ..data.datasets import check_registered
 from ..evaluation import InferenceProtocol
 from ..segmentor import inference_state_dict
 from .checkpoint import Checkpointer, write_atomically
-from .config import load_config
+from .config import import_modules, load_config
 from .hooks import BestCheckpointer
 from .record import record_run
 from .trainer import Batch, NonFiniteLossError, Trainer
@@ -41,12 +41,13 @@ def main(args: argparse.Namespace) -> None:
     """Runs one process of a job.
 
     Args:
-        args: of detectron2's `default_argument_parser`.
+        args: of `argument_parser`.
 
     Raises:
         SystemExit: with one line, for a mistake in the config, the data or the command line.
     """
     try:
+        import_modules(args.imports)  # a process that was spawned knows none of them yet
         cfg = load_config(args.config_file, args.opts)
         set_up(cfg, args)
         if args.eval_only:

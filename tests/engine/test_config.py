@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
 from detectron2.config import LazyConfig, instantiate
 
-from contrast_d2.engine import load_config
+from contrast_d2.engine import argument_parser, import_modules, load_config
 
+YAML = str(Path(__file__).parents[2] / "configs/camvid/semfpn_r18_base_6k.yaml")
 CONFIG = str(Path(__file__).parents[2] / "configs/shapes/semfpn_r18_ms_cs_demo.py")
 
 
@@ -88,3 +91,101 @@ def test_the_saved_yaml_loads_as_the_same_config(tmp_path: Path) -> None:
     assert loaded.train.max_iter == 9
     assert loaded.train.seed == 4
     assert loaded.model.contrast.scale_weights == cfg.model.contrast.scale_weights
+
+
+def test_detectron2s_yaml_takes_keys_and_values() -> None:
+    overrides = ["SOLVER.MAX_ITER", "9", "MODEL.TIMM.PRETRAINED", "False", "OUTPUT_DIR", "a/b"]
+    cfg = load_config(YAML, overrides)
+    assert (cfg.train.max_iter, cfg.train.output_dir) == (9, "a/b")
+    assert cfg.model.backbone.pretrained is False
+    assert cfg.dataloader.evaluator.output_dir == "a/b/inference/camvid_sem_seg_val"
+
+
+def test_what_a_run_of_detectron2s_yaml_saves_is_a_lazy_config(tmp_path: Path) -> None:
+    cfg = load_config(YAML, ["MODEL.TIMM.PRETRAINED", "False"])
+    LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
+    loaded = load_config(str(tmp_path / "config.yaml"), ["train.seed=4", "optimizer.lr=0.5"])
+    assert (loaded.train.seed, loaded.optimizer.lr) == (4, 0.5)
+    weights = [instantiate(c.model).state_dict() for c in (cfg, loaded)]
+    assert {k: v.shape for k, v in weights[0].items()} == {
+        k: v.shape for k, v in weights[1].items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["SOLVER.MAX_ITERS", "3"], "unknown config key SOLVER.MAX_ITERS. .* SOLVER.MAX_ITER?"),
+        (["MODEL.TIMM.NAMES", "x"], "unknown config key MODEL.TIMM.NAMES"),
+        (["SOLVER.MAX_ITER", "many"], "Type mismatch.*SOLVER.MAX_ITER"),
+        (["SOLVER.MAX_ITER"], "SOLVER.MAX_ITER: the last override has no value"),
+        (["train.max_iter=3"], "train.max_iter=3: .* KEY VALUE"),
+        (["SOLVER.MAX_ITER", "3", "--resume"], "--resume: flags go before"),
+        (["MODEL.CONTRAST.MULTISCALE.SCALE_WEIGHTS", "{res2: 1}"], "cannot read"),
+    ],
+)
+def test_a_wrong_override_of_detectron2s_yaml_is_told(overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_config(YAML, overrides)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no keys"),
+        ("- a\n- b\n", "holds no keys"),
+        ("MODEL: {\n", "is not valid yaml"),
+        ("_BASE_: no.yaml\nSEED: 1\n", "no.yaml"),
+        ("MODEL:\n  BACKBON:\n    NAME: x\n", "unknown config key MODEL.BACKBON. Did you mean"),
+        ("SOLVER:\n  MAX_ITER: soon\n", "Type mismatch"),
+        ("SOLVER: 3\n", "Type mismatch"),
+    ],
+)
+def test_a_wrong_yaml_file_is_told(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        load_config(str(path))
+    assert str(path) in str(error.value)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, left as it was with the import path and the modules."""
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["parts_of_mine", "nested/parts_of_mine.py", "package.parts"])
+def test_modules_are_imported_by_name_and_by_path(folder: Path, name: str) -> None:
+    file = folder / (name if name.endswith(".py") else f"{name.replace('.', '/')}.py")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("import os\nos.environ['PARTS'] = __name__\nclass Mine: pass\n")
+    args = argument_parser().parse_args(["--import", name, "--import", "json", "SOLVER.GAMMA", "1"])
+    assert args.opts == ["SOLVER.GAMMA", "1"]
+    import_modules(args.imports)
+    module = Path(name).stem if name.endswith(".py") else name
+    assert os.environ.pop("PARTS") == module
+    # Under the name by which a data worker, or a saved config, finds it again.
+    assert instantiate({"_target_": f"{module}.Mine"}).__module__ == module
+    (folder / "experiment.py").write_text(
+        f"from detectron2.config import LazyCall as L\nfrom {module} import Mine\n"
+        "model = dict(backbone=L(Mine)())\n"
+    )
+    cfg = load_config(str(folder / "experiment.py"))
+    assert type(instantiate(cfg.model.backbone)).__name__ == "Mine"
+
+
+def test_modules_that_are_not_there_are_told(folder: Path) -> None:
+    with pytest.raises(ValueError, match="--import no_such_module: there is no such module"):
+        import_modules(["no_such_module"])
+    with pytest.raises(ValueError, match="--import x/y.py: there is no such module"):
+        import_modules(["x/y.py"])
+    (folder / "json.py").write_text("")
+    with pytest.raises(ValueError, match="the name json is taken by"):
+        import_modules(["json.py"])
+    (folder / "broken.py").write_text("import no_such_library\n")
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):  # its own mistake
+        import_modules(["broken"])
