@@ -15,7 +15,7 @@ from torch.optim import SGD, Adam, AdamW
 
 from ..data import SemSegMapper, build_test_loader, build_train_loader, train_augmentations
 from ..evaluation import InferenceProtocol, SemSegEvaluator
-from ..solver import poly_schedule
+from ..solver import optimizer_params, poly_schedule
 from .keys import SHARED, changed, part_sections
 from .model import labels_of, model_tree
 from .read_keys import ReadKeys, flat
@@ -171,14 +171,19 @@ def _augmentations(cfg: CfgNode) -> DictConfig:
 def _optimizer(cfg: CfgNode) -> DictConfig:
     solver = cfg.SOLVER
     overrides = {name: dict(values) for name, values in solver.OVERRIDES.items()}
-    params = L(get_default_optimizer_params)(
-        # A factor on the rate of biases needs to know that of the others.
-        base_lr="${optimizer.lr}" if solver.BIAS_LR_FACTOR != 1 else None,
+    options = dict(
         weight_decay_norm=solver.WEIGHT_DECAY_NORM,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
         overrides=overrides or None,
     )
+    lr, factor = "${optimizer.lr}", solver.HEAD_LR_FACTOR
+    if factor != 1:
+        params = L(optimizer_params)(base_lr=lr, head_lr_factor=factor, **options)
+    else:
+        # A factor on the rate of biases needs to know that of the others.
+        lr = None if solver.BIAS_LR_FACTOR == 1 else lr
+        params = L(get_default_optimizer_params)(base_lr=lr, **options)
     shared = dict(params=params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
     if solver.OPTIMIZER == "SGD":
         return L(SGD)(momentum=solver.MOMENTUM, nesterov=solver.NESTEROV, **shared)

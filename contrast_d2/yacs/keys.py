@@ -101,6 +101,7 @@ def add_contrast_config(cfg: CfgNode) -> None:
 
     cfg.SOLVER.OPTIMIZER = "SGD"  # or "Adam", "AdamW"
     cfg.SOLVER.BETAS = (0.9, 0.999)  # of the latter two
+    cfg.SOLVER.HEAD_LR_FACTOR = 1.0  # on BASE_LR, for all but the backbone
     # Settings of all parameters of a name, {name: {"lr" or "weight_decay": value}}
     cfg.SOLVER.OVERRIDES = CfgNode(new_allowed=True)
     cfg.SOLVER.POLY_LR_POWER = 0.9  # with LR_SCHEDULER_NAME: WarmupPolyLR

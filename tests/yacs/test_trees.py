@@ -208,6 +208,16 @@ def test_solver_and_inference() -> None:
     assert augmentations[-1].prob == 0
 
 
+def test_the_head_learns_faster() -> None:
+    cfg = load_config(MS_CS, [*OFFLINE, "SOLVER.HEAD_LR_FACTOR", "10.0"])
+    model = nn.ModuleDict({"backbone": nn.Conv2d(3, 4, 1), "sem_seg_head": nn.Conv2d(4, 2, 1)})
+    cfg.optimizer.params.model = model
+    groups = instantiate(cfg.optimizer).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert rates[id(model["backbone"].weight)] == pytest.approx(0.02)
+    assert rates[id(model["sem_seg_head"].bias)] == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize(
     ("overrides", "values"),
     [
