@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .datasets import check_registered
 from .labels import LabelMap
+from .repeat_factors import repeat_factors
 from .samplers import ResumableTrainingSampler, sample_rng
 
 Record = dict[str, Any]
@@ -69,6 +70,7 @@ def build_train_loader(
     num_workers: int = 2,
     start_iteration: int = 0,
     accumulation_steps: int = 1,
+    repeat_threshold: float | None = None,
 ) -> DataLoader:
     """Builds the infinite training loader of this process.
 
@@ -85,6 +87,8 @@ def build_train_loader(
         num_workers: loading processes per training process; 0 loads in the training process.
         start_iteration: first iteration to load, not 0 in a resumed run.
         accumulation_steps: micro-batches per iteration.
+        repeat_threshold: share of the images; those with a class that fewer images hold come more
+            than once an epoch, by `repeat_factors`. None for once each.
 
     Returns:
         A loader of lists of ``total_batch_size / (processes * accumulation_steps)`` samples;
@@ -108,8 +112,12 @@ def build_train_loader(
         )
     names = [dataset] if isinstance(dataset, str) else list(dataset)
     records = SeededRecords(_load_records(names), mapper, seed)
+    factors = None if repeat_threshold is None else repeat_factors(names, repeat_threshold)
     sampler = ResumableTrainingSampler(
-        len(records), seed=seed, start=start_iteration * total_batch_size
+        len(records),
+        seed=seed,
+        repeat_factors=factors,
+        start=start_iteration * total_batch_size,
     )
     return DataLoader(
         records,

@@ -66,6 +66,20 @@ def test_start_iteration_continues(reference, start):
     )
 
 
+def test_rare_classes_are_repeated_and_a_resumed_run_continues():
+    threshold = {"repeat_threshold": 1.0, "total_batch_size": 128}
+    sampler = loader(**threshold).sampler
+    factors = sampler.repeat_factors
+    assert factors.min() < 1.5 < 2 < factors.max()
+    epoch = sampler.epoch_indices(0)
+    assert len(epoch) == pytest.approx(factors.sum(), rel=0.1)
+    whole = [index for _, index in itertools.islice(sampler, 640)]
+    resumed = loader(start_iteration=3, **threshold).sampler
+    assert [index for _, index in itertools.islice(resumed, 256)] == whole[384:]
+    with pytest.raises(ValueError, match="repeat_threshold=2"):
+        loader(repeat_threshold=2)
+
+
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_share_every_iteration(monkeypatch, reference, world_size):
     """Together the processes see the same iterations, however each splits its part."""
