@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure the contrastive part of a training step: time, memory and waits for the device.
+"""Measure the contrastive part of a training step, and how fast samples are loaded.
 
 Usage:
     python tools/benchmark.py contrast --threads 1 --output results/performance_cpu.json --check
@@ -7,6 +7,7 @@ Usage:
     python tools/benchmark.py growth --output results/performance_growth.json
     python tools/benchmark.py projection --output results/performance_projection.json
     python tools/benchmark.py methods configs/camvid/semfpn_r18_{base,ms_cs,pixel}_cpu.py
+    python tools/benchmark.py data --output results/performance_data.json
     python tools/benchmark.py tables
 """
 
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_growth(commands)
     _add_projection(commands)
     _add_methods(commands)
+    _add_data(commands)
     _add_tables(commands)
     options = parser.parse_args(arguments)
     try:
@@ -110,11 +112,24 @@ def _add_methods(commands: Any) -> None:
     parser.add_argument("--weights", default="", metavar="FILE", help="checkpoint of the baseline")
 
 
+def _add_data(commands: Any) -> None:
+    summary = "reading and augmenting a training sample, against detectron2's mapper"
+    parser = commands.add_parser("data", help=summary, description=f"Measure {summary}.")
+    parser.set_defaults(run=_data, device="cpu", threads=1)
+    parser.add_argument("--images", type=int, default=8, help="of each kind (default 8)")
+    _add_rounds(parser)
+
+
 def _add_measurement(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary, description=f"Measure {summary}.")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"cpu or cuda (default {default})")
     parser.add_argument("--threads", type=int, default=1, help="of the CPU (default 1)")
+    _add_rounds(parser)
+    return parser
+
+
+def _add_rounds(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=20, metavar="N", help="rounds at most")
     parser.add_argument(
         "--seconds",
@@ -125,7 +140,6 @@ def _add_measurement(commands: Any, name: str, summary: str) -> argparse.Argumen
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="also write the results as JSON"
     )
-    return parser
 
 
 def _add_tables(commands: Any) -> None:
@@ -180,6 +194,15 @@ def _methods(options: argparse.Namespace) -> int:
             raise ValueError(f"{path}: there is no such file")
     results = methods.measure(options.files, weights=options.weights, **_settings(options))
     _write(results, options.output)
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    if options.images < 1:
+        raise ValueError(f"--images {options.images}: needs at least 1")
+    from bench import data  # brings detectron2, which the other measurements do without
+
+    _write(data.measure(images=options.images, **_settings(options)), options.output)
     return 0
 
 

@@ -170,6 +170,26 @@ def _methods(found: Mapping[str, Any]) -> str:
     return _table(head.split("|"), rows)
 
 
+def _loading(found: Mapping[str, Any]) -> str:
+    rows = []
+    for name, kind in found["kinds"].items():
+        for number, (contender, row) in enumerate(kind["contenders"].items()):
+            ratio = row["times_detectron2"]
+            rows.append(
+                [
+                    f"{name}, {kind['image_mb']:.2f} MB" if number == 0 else "",
+                    contender,
+                    f"{row['ms']['median']:.1f}",
+                    f"{row['images_per_second']['median']:.1f}",
+                    ""
+                    if number == 0
+                    else f"{ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f})",
+                ]
+            )
+    head = "images|who|ms of a sample|samples per second and core|times detectron2's"
+    return _table(head.split("|"), rows)
+
+
 def _exponents(found: Mapping[str, Any]) -> str:
     rows = [
         [
@@ -209,4 +229,5 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "projections": _projections,
     "methods": _methods,
     "exponents": _exponents,
+    "loading": _loading,
 }
