@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from contrast_d2.data.preparations import PREPARATIONS
 from contrast_d2.data.prepare import Job, Plan, run_plan
@@ -148,6 +149,16 @@ def test_a_value_that_the_dataset_lacks_is_told(ade20k) -> None:
     published.write_png(path, published.one_row([0, 151]))
     with pytest.raises(ValueError, match=r"training/ADE_train_00000003\.png.*values \[151\]"):
         prepare()
+
+
+def test_a_value_that_coco_stuff_lacks_is_told(tmp_path, monkeypatch) -> None:
+    """The 10k release keeps its values, and they are looked at nevertheless."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    published.coco_stuff_10k(tmp_path)
+    path = tmp_path / "coco_stuff_10k/annotations/COCO_train2014_000000000009.mat"
+    savemat(path, {"S": published.one_row([0, 1, 12])})
+    with pytest.raises(ValueError, match=r"000000000009\.mat.*values \[12\]"):
+        run_plan(PREPARATIONS["coco_stuff_10k"](), workers=1, partial=True)
 
 
 def test_a_truncated_label_file_is_told(ade20k) -> None:
