@@ -97,6 +97,8 @@ TAPS = {
     ("ocr", "ocr_resnet"): {"pre_logits": CHANNELS},
     ("upernet", "model"): {f: CHANNELS for f in ("p2", "p3", "p4", "p5", "pre_logits")},
 }
+# Where logits stay at the stride of a dilated backbone.
+STRIDE_8 = [("deeplabv3", "model"), ("ocr", "ocr_resnet")]
 # A small backbone for each.
 SMALL = {
     "fcn_hrnet": "hrnet_w18_small",
@@ -147,7 +149,10 @@ def test_what_contrast_methods_can_tap(file: str, key: str) -> None:
         name: torch.zeros(2, s.channels, 64 // s.stride, 64 // s.stride, device="meta")
         for name, s in model.backbone.output_shape().items()
     }
-    features = model.sem_seg_head(maps).features
+    output = model.sem_seg_head(maps)
+    stride = 8 if (file, key) in STRIDE_8 else 4
+    assert output.logits.shape[-2:] == (64 // stride, 64 // stride)
+    features = output.features
     widths = dict(instantiate(cfg.in_channels))
     assert {name: features[name].shape[1] for name in widths} == widths
     assert not features.keys() & maps.keys()  # neither hides the other
