@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from contrast_d2.losses import dice_loss, focal_loss
+from contrast_d2.losses import LibraryLoss, dice_loss, focal_loss
 
 from .rows import IGNORED, NUM_CLASSES, mixed_labels
 
@@ -18,7 +19,7 @@ def library() -> None:
     pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `losses`")
 
 
-def valid_pixels(ignore_label: int = IGNORED) -> tuple[torch.Tensor, torch.Tensor]:
+def valid_pixels(ignore_label: int = IGNORED) -> tuple[Tensor, Tensor]:
     """Logits and labels as the losses take them, in fp64; class 1 is absent."""
     logits = torch.randn(2, NUM_CLASSES, 5, 7, dtype=torch.float64)
     labels = mixed_labels(2, 5, 7)
@@ -50,6 +51,21 @@ def test_focal_loss_equals_its_definition(library: None) -> None:
     expected = (-alpha * (1 - right) ** 1.5 * right.log()).mean()
     found = focal_loss(gamma=1.5, alpha=0.3)(logits, labels)
     torch.testing.assert_close(found, expected)
+
+
+class _Products(nn.Module):
+    """A loss of matrix products, which autocast would round."""
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return (logits.flatten(1) @ logits.flatten(1).T).mean()
+
+
+def test_another_loss_runs_without_autocast() -> None:
+    logits, labels = torch.randn(2, NUM_CLASSES, 9, 9), mixed_labels(2, 9, 9)
+    loss = LibraryLoss(_Products())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss(logits, labels)
+    assert torch.equal(found, loss(logits, labels))
 
 
 @pytest.mark.parametrize("build", [dice_loss, focal_loss])

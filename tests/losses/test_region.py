@@ -73,6 +73,22 @@ def test_a_prediction_that_tells_more_has_more_information() -> None:
     torch.testing.assert_close(region_mutual_information(labels, 1 - labels), found[-1])
 
 
+def test_of_a_prediction_that_is_nearly_right_fp32_maps_keep_their_digits() -> None:
+    """The covariance that is left is a thousandth of the ones that are subtracted, or less."""
+    targets = torch.randint(0, 2, (1, 2, 8, 8)).double()
+    targets = targets.repeat_interleave(24, 2).repeat_interleave(24, 3)
+    probabilities = 0.99 * targets + 0.01 * torch.rand_like(targets)
+    results = []
+    for dtype in (torch.float64, torch.float32):
+        leaf = probabilities.to(dtype).requires_grad_()
+        found = region_mutual_information(targets.to(dtype), leaf)
+        (grad,) = torch.autograd.grad(found.sum(), leaf)
+        results.append((found, grad.double()))
+    (exact, exact_grad), (found, grad) = results
+    torch.testing.assert_close(found, exact, rtol=1e-5, atol=0)
+    assert (grad - exact_grad).norm() <= 1e-3 * exact_grad.norm()
+
+
 def test_of_an_absent_class_it_is_a_constant() -> None:
     probabilities = torch.rand(1, 1, 24, 24, requires_grad=True)
     found = region_mutual_information(torch.zeros(1, 1, 24, 24), probabilities)
