@@ -55,6 +55,11 @@ ms_cs_dilated = deepcopy(ms_cs)
 ms_cs_dilated.scale_weights = {"res2": 1.0, "res3": 0.7, "res5": 0.4}
 ms_cs_dilated.cross_scale = [("res2", "res5", 1.0), ("res2", "res3", 1.0)]
 
+# On C2 and C5 of such a ResNet, with a single pair, as on CaDIS.
+ms_cs_two_maps = deepcopy(ms_cs)
+ms_cs_two_maps.scale_weights = {"res2": 1.0, "res5": 0.7}
+ms_cs_two_maps.cross_scale = [("res2", "res5", 1.0)]
+
 # On the pyramid of UPerNet.
 ms_cs_pyramid = deepcopy(ms_cs)
 ms_cs_pyramid.projector.in_channels = decoded("p2", "p3", "p4", "p5")

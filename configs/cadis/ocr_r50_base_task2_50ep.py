@@ -1,0 +1,26 @@
+"""CaDIS, task 2, OCR on ResNet-50, baseline: 82.36 mIoU on the validation videos (Table 4(b) of
+Pissas et al., ECCV 2022). The paper does not state how many GPUs; ours: four.
+
+python train_net.py --config-file configs/cadis/ocr_r50_base_task2_50ep.py --num-gpus 4
+
+Batch 8, 50 epochs of Adam, whose rate of 1e-4 loses 2 % after each; Lovasz-softmax on both outputs;
+images with a class that under 15 % of them hold are repeated; whole frames, and pixels in 0..1
+without the mean and deviation of ImageNet. All of it is of the authors' earlier work on this
+dataset (Pissas et al., MICCAI 2021). With the repeated images an epoch has about 4,160 images.
+"""
+
+from ..common.data.cadis import dataloader, dataset
+from ..common.losses import lovasz as _lovasz
+from ..common.models.ocr import ocr_resnet as model
+from ..common.optim import adam as optimizer
+from ..common.optim import two_percent_less as lr_multiplier
+from ..common.train import train
+
+dataloader.train.repeat_threshold = 0.15
+model.seg_loss = _lovasz
+model.pixel_mean = [0.0, 0.0, 0.0]
+model.pixel_std = [255.0, 255.0, 255.0]
+train.max_iter = 26_000
+train.eval_period = 1040
+train.checkpoint_period = 1040
+train.output_dir = "output/cadis/ocr_r50_base_task2_50ep"
