@@ -57,7 +57,10 @@ def _forward(block: nn.Module, *args: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
         return forward(*args)
     # The re-entrant kind gives no gradients to a block behind frozen ones.
-    return checkpoint(forward, *args, use_reentrant=False, context_fn=partial(_contexts, block))
+    run = partial(checkpoint, forward, *args, use_reentrant=False)
+    if torch.compiler.is_compiling():
+        return run()  # compiled, only values are computed again and buffers are written once
+    return run(context_fn=partial(_contexts, block))
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -119,6 +119,21 @@ def test_norms_may_be_synchronised_afterwards() -> None:
     assert all(torch.equal(found[name], x) for name, x in expected.items())
 
 
+def test_a_compiled_step_is_the_same() -> None:
+    kept, recomputed = pair("test_resnet")
+    torch.compiler.reset()
+    images = torch.randn(2, 3, 64, 64)
+    expected, found = kept(images), torch.compile(recomputed, backend="aot_eager")(images)
+    for maps in (expected, found):
+        sum((x * x.detach().cos()).sum() for x in maps.values()).backward()
+    torch.compiler.reset()
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(recomputed.parameters(), kept.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    for one, other in zip(recomputed.buffers(), kept.buffers(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_a_network_without_blocks_says_so() -> None:
     with (
         pytest.raises(ValueError, match="vgg11 has no blocks in sequence"),
