@@ -49,6 +49,7 @@ def main(args: argparse.Namespace) -> None:
     try:
         import_modules(args.imports)  # a process that was spawned knows none of them yet
         cfg = load_config(args.config_file, args.opts)
+        check_classes(cfg)  # a class count that is read off the dataset fails from here on
         set_up(cfg, args)
         if args.eval_only:
             evaluate_checkpoint(cfg)
@@ -148,7 +149,6 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
         The results of the last evaluation, on the main process.
     """
     options = cfg.train
-    check_classes(cfg)
     evaluate = build_evaluation(cfg)  # before the training that would be lost without it
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
@@ -260,7 +260,6 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: there are no weights, or they are of another model.
     """
-    check_classes(cfg)
     model = build_model(cfg)
     checkpointer = Checkpointer(model, cfg.train.output_dir, allow_pickle=cfg.train.allow_pickle)
     path = cfg.train.init_checkpoint or checkpointer.get_checkpoint_file()
