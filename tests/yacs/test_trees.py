@@ -208,6 +208,12 @@ def test_solver_and_inference() -> None:
     assert augmentations[-1].prob == 0
 
 
+def test_the_seed_reaches_the_data() -> None:
+    cfg = load_config(MS_CS, [*OFFLINE, "SEED", "7", "SOLVER.ACCUMULATION_STEPS", "2"])
+    assert (cfg.train.seed, cfg.dataloader.train.seed) == (7, 7)
+    assert cfg.train.accumulation_steps == cfg.dataloader.train.accumulation_steps == 2
+
+
 def test_the_head_learns_faster() -> None:
     cfg = load_config(MS_CS, [*OFFLINE, "SOLVER.HEAD_LR_FACTOR", "10.0"])
     model = nn.ModuleDict({"backbone": nn.Conv2d(3, 4, 1), "sem_seg_head": nn.Conv2d(4, 2, 1)})
