@@ -1,7 +1,11 @@
 """Cityscapes, HRNetV2-W48, Contextrast on its four branches: 82.2 mIoU with multi-scale testing
-(Sung et al., CVPR 2024). Four GPUs.
+(Sung et al., CVPR 2024). The paper does not state how many GPUs; ours: four.
 
 python train_net.py --config-file configs/cityscapes/fcn_hrnet48_contextrast_40k.py --num-gpus 4
+
+Tested at several scales, its weights go with
+--eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
+dataloader.inference.scales=[0.75,1.0,1.25,1.5,1.75,2.0]
 """
 
 from ..common.contrast.contextrast import contextrast as _contrast

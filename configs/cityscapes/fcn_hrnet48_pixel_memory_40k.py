@@ -1,5 +1,5 @@
-"""Cityscapes, HRNetV2-W48, pixel contrast with the memory bank: 81.0 mIoU (Wang et al., ICCV
-2021). Four GPUs.
+"""Cityscapes, HRNetV2-W48, pixel contrast with a memory of pixels and regions: 81.0 mIoU (Wang et
+al., ICCV 2021, in Table 2 of Pissas et al., ECCV 2022). Four GPUs.
 
 python train_net.py --config-file configs/cityscapes/fcn_hrnet48_pixel_memory_40k.py --num-gpus 4
 """

@@ -10,7 +10,7 @@ from contrast_d2.decoders import DeepLabV3Decoder
 
 from .semfpn import model
 
-model.backbone.name = "resnet101"
+model.backbone.name = "resnet101.tv_in1k"  # torchvision's weights
 model.backbone.output_stride = 8
 model.sem_seg_head = L(DeepLabV3Decoder)(
     input_shape=model.sem_seg_head.input_shape,

@@ -21,7 +21,7 @@ model.sem_seg_head = L(OCRDecoder)(
 )
 
 ocr_resnet = deepcopy(model)
-ocr_resnet.backbone.name = "resnet50"
+ocr_resnet.backbone.name = "resnet50.tv_in1k"  # torchvision's weights
 ocr_resnet.backbone.output_stride = 8
 ocr_resnet.sem_seg_head.in_features = ["res5"]
 ocr_resnet.sem_seg_head.region_feature = "res4"

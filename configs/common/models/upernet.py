@@ -1,7 +1,7 @@
 """UPerNet on Swin-T, with the auxiliary head of Swin's own trainings; the baseline, without
 contrast.
 
-On a ResNet: `model.backbone.name=resnet101 model.backbone.norm_outputs=False
+On a ResNet: `model.backbone.name=resnet101.tv_in1k model.backbone.norm_outputs=False
 model.backbone.drop_path_rate=null`."""
 
 from detectron2.config import LazyCall as L

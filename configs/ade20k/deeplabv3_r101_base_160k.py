@@ -1,0 +1,20 @@
+"""ADE20K, DeepLabV3 on ResNet-101, baseline: 44.1 mIoU with multi-scale testing, which Table 4(a)
+of Pissas et al., ECCV 2022, cites. Four GPUs, as for Cityscapes; for ADE20K the paper does not
+state how many.
+
+python train_net.py --config-file configs/ade20k/deeplabv3_r101_base_160k.py --num-gpus 4
+
+Tested at several scales, its weights go with
+--eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
+dataloader.inference.scales=[0.5,0.75,1.0,1.25,1.5,1.75]
+
+Learning rate, batch and iterations are the paper's, the weight decay that of its release for OCR.
+Neither auxiliary head nor dropout, as in its release.
+"""
+
+from ..common.models.deeplabv3 import model
+from .ocr_hrnet48_base_160k import dataloader, dataset, lr_multiplier, optimizer, train
+
+model.sem_seg_head.aux_feature = None
+model.sem_seg_head.dropout = 0.0
+train.output_dir = "output/ade20k/deeplabv3_r101_base_160k"

@@ -1,0 +1,17 @@
+"""ADE20K, DeepLabV3 on ResNet-101, Contextrast: 44.12 mIoU with multi-scale testing (Sung et al.,
+arXiv 2608.22679, Table III). The paper does not state how many GPUs; ours: four.
+
+python train_net.py --config-file configs/ade20k/deeplabv3_r101_contextrast_80k.py --num-gpus 4
+
+Tested at several scales, its weights go with
+--eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
+dataloader.inference.scales=[0.75,1.0,1.25,1.5,1.75,2.0]
+
+It does not state which maps it contrasts either; ours: C2 to C5.
+"""
+
+from ..common.contrast.contextrast import contextrast as _contrast
+from .deeplabv3_r101_base_80k import dataloader, dataset, lr_multiplier, model, optimizer, train
+
+model.contrast = _contrast
+train.output_dir = "output/ade20k/deeplabv3_r101_contextrast_80k"

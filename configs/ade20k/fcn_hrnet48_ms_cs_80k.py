@@ -1,0 +1,17 @@
+"""ADE20K, HRNetV2-W48, multi- and cross-scale contrast on the four branches: 42.55 mIoU with
+multi-scale testing (Sung et al., arXiv 2608.22679, Table III). The paper does not state how many
+GPUs; ours: four.
+
+python train_net.py --config-file configs/ade20k/fcn_hrnet48_ms_cs_80k.py --num-gpus 4
+
+Tested at several scales, its weights go with
+--eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
+dataloader.inference.scales=[0.75,1.0,1.25,1.5,1.75,2.0]
+"""
+
+from ..common.contrast.ms_cs import ms_cs as _contrast
+from .fcn_hrnet48_base_80k import dataloader, dataset, lr_multiplier, model, optimizer, train
+
+model.contrast = _contrast
+model.contrast.sampler.max_anchors = 40_000  # the method's 10,000 on each of four GPUs
+train.output_dir = "output/ade20k/fcn_hrnet48_ms_cs_80k"

@@ -1,0 +1,18 @@
+"""ADE20K, OCR on HRNetV2-W48, baseline with online hard example mining: 44.5 mIoU, 45.5 with
+multi-scale testing (Table 4(a) of Pissas et al., ECCV 2022). Four GPUs, as for Cityscapes; for
+ADE20K the paper does not state how many.
+
+python train_net.py --config-file configs/ade20k/ocr_hrnet48_base_ohem_160k.py --num-gpus 4
+
+Tested at several scales, its weights go with
+--eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
+dataloader.inference.scales=[0.5,0.75,1.0,1.25,1.5,1.75]
+
+The paper does not state threshold and kept pixels; ours are those of HRNet's recipe.
+"""
+
+from ..common.losses import ohem as _loss
+from .ocr_hrnet48_base_160k import dataloader, dataset, lr_multiplier, model, optimizer, train
+
+model.seg_loss = _loss
+train.output_dir = "output/ade20k/ocr_hrnet48_base_ohem_160k"

@@ -1,0 +1,15 @@
+"""Cityscapes, OCR on HRNetV2-W48, baseline: 81.2 mIoU (Table 5(a) of Pissas et al., ECCV 2022).
+Four GPUs.
+
+python train_net.py --config-file configs/cityscapes/ocr_hrnet48_base_120k.py --num-gpus 4
+
+The paper has batch 12 and 120k iterations; learning rate, weight decay and the weights of the
+classes are those of its HRNet.
+"""
+
+from ..common.class_weights import cityscapes as _class_weights
+from ..common.models.ocr import model
+from .fcn_hrnet48_base_120k import dataloader, dataset, lr_multiplier, optimizer, train
+
+model.seg_loss.main.class_weights = _class_weights
+train.output_dir = "output/cityscapes/ocr_hrnet48_base_120k"

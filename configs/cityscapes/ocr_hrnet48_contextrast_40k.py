@@ -1,0 +1,16 @@
+"""Cityscapes, OCR on HRNetV2-W48, Contextrast on the four branches: 81.94 mIoU with multi-scale
+testing (Sung et al., arXiv 2608.22679, Table III). The paper does not state how many GPUs; ours:
+four.
+
+python train_net.py --config-file configs/cityscapes/ocr_hrnet48_contextrast_40k.py --num-gpus 4
+
+Tested at several scales, its weights go with
+--eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
+dataloader.inference.scales=[0.75,1.0,1.25,1.5,1.75,2.0]
+"""
+
+from ..common.contrast.contextrast import contextrast as _contrast
+from .ocr_hrnet48_base_40k import dataloader, dataset, lr_multiplier, model, optimizer, train
+
+model.contrast = _contrast
+train.output_dir = "output/cityscapes/ocr_hrnet48_contextrast_40k"
