@@ -75,7 +75,8 @@ def decode_png(data: bytes, channels: int) -> np.ndarray | None:
     width, height, *kind = struct.unpack_from(">IIBBBBB", data, 16)
     color_type, mode = _PNG_KINDS[channels]
     # The last three are the compression, the filter and the interlacing, of which 0 is the usual.
-    if kind != [8, color_type, 0, 0, 0] or _is_bomb(width * height):
+    most_pixels = Image.MAX_IMAGE_PIXELS  # more would make Pillow warn or refuse; None is no limit
+    if kind != [8, color_type, 0, 0, 0] or (most_pixels and width * height > most_pixels):
         return None
     try:
         pixels = kornia_io.decode_image_png_u8(data, (height, width), mode)
@@ -88,23 +89,17 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
     """Decodes an upright grey or RGB JPEG file as (H, W, 3) uint8, or returns None for Pillow."""
     if kornia_io is None:
         return None
-    with Image.open(io.BytesIO(data)) as image:  # reads the head of the file only
+    with Image.open(io.BytesIO(data)) as image:  # reads no more than the head of the file
         if (
             image.format != "JPEG"
             or image.mode not in ("RGB", "L")
             or image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            or _is_bomb(image.width * image.height)
         ):
             return None
     try:
         return kornia_io.decode_image_jpegturbo(data, "rgb")
     except Exception:  # it raises nothing more precise
         return None
-
-
-def _is_bomb(num_pixels: int) -> bool:
-    """Whether Pillow warns of so large an image or refuses it."""
-    return Image.MAX_IMAGE_PIXELS is not None and num_pixels > Image.MAX_IMAGE_PIXELS
 
 
 def _png_may_be_turned(data: bytes) -> bool:

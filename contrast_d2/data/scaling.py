@@ -277,7 +277,7 @@ class RandomScaledCrop(T.Augmentation):
         """Whether no class of the (H, W) uint8 labels covers too much."""
         counts = np.bincount(labels.ravel(), minlength=256)
         counts[self.pad.ignore_label] = 0
-        return np.count_nonzero(counts) > 1 and counts.max() < counts.sum() * self.max_class_area
+        return counts.max() < counts.sum() * self.max_class_area
 
 
 def _source(first: int, last: int, old: int, new: int) -> tuple[slice, float, float]:
