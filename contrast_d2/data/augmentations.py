@@ -98,6 +98,7 @@ def train_augmentations(
     scale: Sequence[float] = (0.5, 2.0),
     aspect: Sequence[float] | None = (0.9, 1.1),
     max_class_area: float = 0.75,
+    class_crop: float = 0.0,
     flip: float = 0.5,
     jitter: bool = True,
     pad_value: int = 0,
@@ -116,6 +117,8 @@ def train_augmentations(
         aspect: range of the change of the aspect ratio, or None to keep it.
         max_class_area: largest share of one class in the labelled pixels of the crop, in (0, 1];
             1 accepts every crop.
+        class_crop: probability that a crop lies over a pixel of a class drawn from those of the
+            image; 0 in the paper.
         flip: probability of the horizontal flip.
         jitter: whether colours are changed.
         pad_value: value of padded image pixels, 0..255.
@@ -132,7 +135,9 @@ def train_augmentations(
     """
     checked_probability("flip", flip)
     augmentations: list[T.Augmentation] = [
-        RandomScaledCrop(crop_size, scale, aspect, max_class_area, pad_value, ignore_label),
+        RandomScaledCrop(
+            crop_size, scale, aspect, max_class_area, pad_value, ignore_label, class_crop
+        ),
         T.RandomFlip(flip),
     ]
     if short_side is not None:

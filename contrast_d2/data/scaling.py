@@ -14,7 +14,7 @@ from detectron2.data import transforms as T
 from fvcore.transforms.transform import NoOpTransform, PadTransform, Transform
 from PIL import Image
 
-from .checks import checked_range, checked_size
+from .checks import checked_probability, checked_range, checked_size
 from .labels import IGNORE_LABEL
 
 # So often is a crop drawn at most, as detectron2 does.
@@ -214,14 +214,20 @@ class RandomScaledCrop(T.Augmentation):
     and detectron2's RandomCrop_CategoryAreaConstraint one after the other, as ScaledCropTransform
     says, but a large image is never resized as a whole.
 
+    With `class_crop`, some crops are aware of the classes: they lie over a random pixel of a class
+    that is drawn from those of the image, each as likely as the others, however few its pixels. An
+    object of a pixel or two may still be lost where the image shrinks.
+
     Args:
         crop_size: (height, width) of the result in pixels.
         scale: range of the scale factor, uniform.
         aspect: range of the change of the aspect ratio, uniform, or None to keep it.
         max_class_area: largest share of one class in the labelled pixels of the crop, in (0, 1];
-            1 accepts every crop, and only then may labels be missing.
+            1 accepts every crop.
         pad_value: value of padded image pixels, 0..255.
         ignore_label: label of padded pixels; it does not count as labelled.
+        class_crop: probability that a crop lies over a pixel of a drawn class. Labels may be
+            missing only where this is 0 and max_class_area 1.
 
     Raises:
         ValueError: if an argument lies outside its range.
@@ -235,6 +241,7 @@ class RandomScaledCrop(T.Augmentation):
         max_class_area: float = 1.0,
         pad_value: int = 0,
         ignore_label: int = IGNORE_LABEL,
+        class_crop: float = 0.0,
     ) -> None:
         super().__init__()
         if not 0 < max_class_area <= 1:
@@ -243,24 +250,31 @@ class RandomScaledCrop(T.Augmentation):
         self.scale = RandomScale(scale, aspect)
         self.pad = RandomPad(crop_size, pad_value, ignore_label)
         self.max_class_area = max_class_area
+        self.class_crop = checked_probability("class_crop", class_crop)
 
     def get_transform(self, image: np.ndarray, sem_seg: np.ndarray | None) -> Transform:
         """Draws a window.
 
         Raises:
-            ValueError: if the share of a class is limited and there are no labels.
+            ValueError: if classes play a part and there are no labels.
         """
-        if sem_seg is None and self.max_class_area < 1:
+        if sem_seg is None and (self.max_class_area < 1 or self.class_crop > 0):
             raise ValueError(
-                f"max_class_area {self.max_class_area} needs labels: set it to 1 to crop images "
-                "that have none"
+                f"max_class_area {self.max_class_area} and class_crop {self.class_crop} need "
+                "labels: set them to 1 and 0 to crop images that have none"
             )
         size = image.shape[:2]
         scaled_size = self.scale.draw_size(*size)
         offset = self.pad.draw_offset(*scaled_size)
-        padded_size = np.maximum(scaled_size, self.crop_size)
+        room = np.maximum(scaled_size, self.crop_size) - self.crop_size
+        by_class = self.class_crop > 0 and np.random.uniform() < self.class_crop
         for _ in range(_TRIES):
-            y, x = (int(np.random.randint(room + 1)) for room in padded_size - self.crop_size)
+            first, last = np.zeros(2, dtype=int), room
+            pixel = self._draw_class_pixel(sem_seg) if by_class else None
+            if pixel is not None:
+                moved = (2 * pixel + 1) * scaled_size // (2 * np.array(size)) + offset
+                first, last = np.maximum(moved - self.crop_size + 1, 0), np.minimum(moved, room)
+            y, x = (int(np.random.randint(a, b + 1)) for a, b in zip(first, last, strict=True))
             transform = ScaledCropTransform(
                 size,
                 scaled_size,
@@ -272,6 +286,17 @@ class RandomScaledCrop(T.Augmentation):
             if self.max_class_area == 1 or self._is_mixed(transform.apply_segmentation(sem_seg)):
                 break
         return transform
+
+    def _draw_class_pixel(self, labels: np.ndarray) -> np.ndarray | None:
+        """Draws a class of the (H, W) uint8 labels and a pixel (y, x) of it; None without any."""
+        counts = np.bincount(labels.ravel(), minlength=256)
+        counts[self.pad.ignore_label] = 0
+        classes = np.flatnonzero(counts)
+        if len(classes) == 0:
+            return None
+        drawn = classes[np.random.randint(len(classes))]
+        pixels = np.flatnonzero(labels == drawn)
+        return np.array(divmod(int(pixels[np.random.randint(len(pixels))]), labels.shape[1]))
 
     def _is_mixed(self, labels: np.ndarray) -> bool:
         """Whether no class of the (H, W) uint8 labels covers too much."""

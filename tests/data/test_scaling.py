@@ -124,8 +124,53 @@ def test_crops_without_limit_need_no_labels():
     crop = in_one_step((20, 30), max_class_area=1.0)
     with_labels, without = (apply(crop, image, seg, seed=3) for seg in (labels, None))
     assert np.array_equal(with_labels[0], without[0]) and without[1] is None
-    with pytest.raises(ValueError, match=r"max_class_area 0\.5 needs labels"):
+    with pytest.raises(ValueError, match=r"max_class_area 0\.5 and class_crop 0\.0 need labels"):
         apply(in_one_step((20, 30), max_class_area=0.5), image, None, seed=3)
+    with pytest.raises(ValueError, match=r"class_crop 0\.1 need labels"):
+        apply([RandomScaledCrop((20, 30), class_crop=0.1)], image, None, seed=3)
+
+
+def class_crops(labels, number, **arguments):
+    """The labels of crops of (20, 30)."""
+    image = np.zeros((*labels.shape, 3), dtype=np.uint8)
+    crop = RandomScaledCrop((20, 30), **arguments)
+    return [apply([crop], image, labels, seed)[1] for seed in range(number)]
+
+
+@pytest.mark.parametrize("size", [(100, 150), (12, 150), (12, 18)])
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (1.0, 2.0)])
+def test_a_class_crop_lies_over_a_pixel_of_a_class(size, scale):
+    """Of three classes, two of which have one pixel each: at a corner and in the middle."""
+    labels = np.zeros(size, dtype=np.uint8)
+    labels[:3] = 255
+    labels[-1, -1], labels[size[0] // 2, size[1] // 3] = 1, 2
+    crops = class_crops(labels, 300, scale=scale, class_crop=1.0)
+    shares = [np.mean([(crop == c).any() for crop in crops]) for c in (1, 2)]
+    # Each class is drawn in a third of the crops, and is also met by chance.
+    assert min(shares) > 0.25
+    places = [np.argwhere(crop == 2)[0] for crop in crops if (crop == 2).any()]
+    if size == (100, 150):
+        assert max(shares) < 0.45
+        # It may lie anywhere in the crop.
+        assert (np.ptp(places, axis=0) >= (17, 26)).all()
+
+
+def test_class_crops_are_as_frequent_as_told():
+    labels = np.zeros((400, 600), dtype=np.uint8)
+    labels[200, 300] = 1
+    crops = class_crops(labels, 600, scale=(1.0, 1.0), class_crop=0.4)
+    # Half of the class crops draw the rare class; by chance it is in 0.3 % of the crops.
+    assert np.mean([(crop == 1).any() for crop in crops]) == pytest.approx(0.2, abs=0.05)
+
+
+def test_class_crops_are_mixed_and_of_labelled_pixels():
+    labels = np.zeros((100, 150), dtype=np.uint8)
+    labels[40:60, 60:90] = 1
+    crops = class_crops(labels, 40, scale=(1.0, 1.0), class_crop=1.0, max_class_area=0.9)
+    shares = [np.bincount(crop.ravel(), minlength=2).max() / crop.size for crop in crops]
+    assert np.mean(np.array(shares) < 0.9) > 0.9
+    void = np.full((100, 150), 255, dtype=np.uint8)
+    assert all((crop == 255).all() for crop in class_crops(void, 3, class_crop=1.0))
 
 
 def test_other_images_are_refused():
@@ -143,6 +188,8 @@ def test_other_images_are_refused():
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match=r"max_class_area.*got 1\.5"):
         RandomScaledCrop((4, 4), max_class_area=1.5)
+    with pytest.raises(ValueError, match=r"class_crop.*got -0\.1"):
+        RandomScaledCrop((4, 4), class_crop=-0.1)
     with pytest.raises(ValueError, match=r"scale.*\(0, 1\)"):
         RandomScaledCrop((4, 4), scale=(0, 1))
     with pytest.raises(ValueError, match=r"crop_size.*\(4, 0\)"):
