@@ -272,7 +272,8 @@ class RandomScaledCrop(T.Augmentation):
             first, last = np.zeros(2, dtype=int), room
             pixel = self._draw_class_pixel(sem_seg) if by_class else None
             if pixel is not None:
-                moved = (2 * pixel + 1) * scaled_size // (2 * np.array(size)) + offset
+                # Where there is padding there is no room, and its offset plays no part.
+                moved = (2 * pixel + 1) * scaled_size // (2 * np.array(size))
                 first, last = np.maximum(moved - self.crop_size + 1, 0), np.minimum(moved, room)
             y, x = (int(np.random.randint(a, b + 1)) for a, b in zip(first, last, strict=True))
             transform = ScaledCropTransform(
