@@ -14,25 +14,34 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator as DetectronSemSegEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from tabulate import tabulate
 from torch import Tensor
 
+from contrast_d2.data.class_counts import count_classes
 from contrast_d2.data.datasets import check_registered
 from contrast_d2.data.labels import LabelMap, load_labels
 
+from .confusion_files import write_confusion_csv, write_confusion_picture
+from .measure import Measure
 from .metrics import (
     AbsentClasses,
     check_absent_classes,
     confusion_matrix,
     finite_scores,
+    frequency_groups,
+    group_miou,
+    predicted_classes,
     segmentation_scores,
 )
 
 logger = logging.getLogger(__name__)
+
+# Scores that detectron2's evaluator has for each class.
+_KINDS = ("IoU", "ACC")
 
 
 class SemSegEvaluator(DetectronSemSegEvaluator):
@@ -44,17 +53,22 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
     Args:
         dataset_name: a dataset of the DatasetCatalog whose records have `sem_seg_file_name`.
         distributed: gather the counts of all processes; the main process returns the results.
-        output_dir: folder for `sem_seg_evaluation.pth` (detectron2's) and
+        output_dir: folder for `sem_seg_evaluation.pth` (detectron2's),
             `sem_seg_evaluation.json` (dataset, number of images, policy and the scores, nan as
-            null); None writes nothing.
+            null), `confusion_matrix.csv` (pixels) and `confusion_matrix.png` (percent); None
+            writes nothing.
         absent_classes: how classes absent from the ground truth enter the means, see
             `segmentation_scores`. The default gives the numbers of detectron2 v0.6.
         save_predictions: also write `sem_seg_predictions.json`, run-length encoded masks in COCO's
             format, as detectron2's evaluator does.
+        measures: what else is counted, each for the same dataset; such as `BoundaryIoU`.
+        train_dataset: name or names of the training set; its label files, counted once, divide
+            the classes into head, mid and tail, see `frequency_groups`.
 
     Raises:
-        ValueError: the dataset is not registered, `absent_classes` is unknown, or predictions
-            shall be saved nowhere.
+        ValueError: the dataset is not registered or has no labels, `absent_classes` is unknown,
+            predictions shall be saved nowhere, a measure is for another dataset, or the training
+            set has other classes.
     """
 
     def __init__(
@@ -65,12 +79,26 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
         output_dir: str | None = None,
         absent_classes: AbsentClasses = "zero_if_predicted",
         save_predictions: bool = False,
+        measures: Sequence[Measure] = (),
+        train_dataset: str | Sequence[str] | None = None,
     ) -> None:
         check_absent_classes(absent_classes)
         if save_predictions and not output_dir:
             raise ValueError("save_predictions=True needs an output_dir to save them in")
         check_registered(dataset_name)
+        for measure in measures:
+            if measure.dataset_name != dataset_name:
+                raise ValueError(
+                    f"a {type(measure).__name__} is for {measure.dataset_name}, but "
+                    f"{dataset_name} is evaluated: give both one dataset_name"
+                )
+        _check_labels(dataset_name)
         super().__init__(dataset_name, distributed=distributed, output_dir=output_dir)
+        self._measures = tuple(measures)
+        # Groups that the dataset defines, and then those by frequency.
+        self._groups = dict(MetadataCatalog.get(dataset_name).get("class_groups") or {})
+        if train_dataset is not None:
+            self._groups |= frequency_groups(_training_pixels(train_dataset, self._class_names))
         self._label_map = LabelMap.from_metadata(MetadataCatalog.get(dataset_name))
         self._absent_classes = absent_classes
         self._save_predictions = save_predictions
@@ -78,6 +106,7 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
     def reset(self) -> None:
         """Forget everything counted so far."""
         self._confusion: Tensor | None = None  # (K, K) int64, on the device of the predictions
+        self._counts: list[Tensor | None] = [None] * len(self._measures)
         self._num_images = 0
         self._predictions: list[dict] = []
 
@@ -102,7 +131,7 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
                     f"but {self._dataset_name} needs one score per class and pixel, "
                     f"({self._num_classes}, H, W); set the model's num_classes to match"
                 )
-            predictions_HW = scores_KHW.argmax(dim=0)
+            predictions_HW = predicted_classes(scores_KHW)
             labels = torch.from_numpy(load_labels(label_file, self._label_map))
             labels_HW = labels.to(predictions_HW.device)
             if predictions_HW.shape != labels_HW.shape:
@@ -114,7 +143,10 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
             counts = confusion_matrix(
                 predictions_HW, labels_HW, self._num_classes, self._ignore_label
             )
-            self._confusion = counts if self._confusion is None else self._confusion.add_(counts)
+            self._confusion = _add(self._confusion, counts)
+            for i, measure in enumerate(self._measures):
+                counts = measure.count(predictions_HW, labels_HW, label_file)
+                self._counts[i] = _add(self._counts[i], counts)
             self._num_images += 1
             if self._save_predictions:
                 predictions = predictions_HW.cpu().numpy()
@@ -125,13 +157,14 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
 
         Returns:
             {"sem_seg": {"mIoU", "fwIoU", "IoU-<class>", "mACC", "pACC", "ACC-<class>"}} in
-            percent; nan for a class that is absent from the ground truth. None in all but the
-            main process.
+            percent, then "mIoU-<group>" and the scores of the measures; nan for what is absent
+            from the ground truth. None in all but the main process.
         """
         confusion = torch.zeros(self._num_classes, self._num_classes, dtype=torch.int64)
         if self._confusion is not None:
             confusion = self._confusion.cpu()
-        parts = [(confusion, self._num_images, self._predictions)]
+        counts = [None if c is None else c.cpu() for c in self._counts]
+        parts = [(confusion, self._num_images, self._predictions, counts)]
         if self._distributed:
             comm.synchronize()
             parts = comm.gather(parts[0], dst=0)
@@ -139,12 +172,17 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
                 return None
         confusion = torch.stack([part[0] for part in parts]).sum(dim=0)
         num_images = sum(part[1] for part in parts)
-        scores = self._score(confusion)
+        scores = self._score(confusion) | self._score_measures(
+            [part[3] for part in parts], confusion
+        )
         if self._output_dir:
             PathManager.mkdirs(self._output_dir)
             if self._save_predictions:
                 self._write_predictions(itertools.chain.from_iterable(part[2] for part in parts))
             self._write_scores(scores, num_images)
+            path = os.path.join(self._output_dir, "confusion_matrix")
+            write_confusion_csv(confusion, self._class_names, path + ".csv")
+            write_confusion_picture(confusion, self._class_names, path + ".png")
         self._log_scores(scores, num_images)
         return OrderedDict(sem_seg=scores)
 
@@ -169,6 +207,20 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
         result |= {"mACC": 100 * scores.macc, "pACC": 100 * scores.pacc}
         for name, acc in zip(self._class_names, scores.class_acc, strict=True):
             result[f"ACC-{name}"] = 100 * float(acc)
+        groups = group_miou(confusion, self._groups, absent_classes=self._absent_classes)
+        return result | {f"mIoU-{name}": 100 * score for name, score in groups.items()}
+
+    def _score_measures(
+        self, parts: Sequence[Sequence[Tensor | None]], confusion: Tensor
+    ) -> dict[str, float]:
+        """Scores in percent of what the processes counted; none of what nobody counted."""
+        result = {}
+        for i, measure in enumerate(self._measures):
+            counts = [part[i] for part in parts if part[i] is not None]
+            if counts:
+                total = torch.stack(counts).sum(dim=0)
+                scores = measure.scores(total, confusion, self._absent_classes)
+                result |= {name: 100 * score for name, score in scores.items()}
         return result
 
     def _write_predictions(self, predictions: itertools.chain[dict]) -> None:
@@ -203,6 +255,16 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
             *(scores[name] for name in ("mIoU", "fwIoU", "mACC", "pACC")),
             table,
         )
+        usual = {
+            "mIoU",
+            "fwIoU",
+            "mACC",
+            "pACC",
+            *(f"{s}-{row[0]}" for row in rows for s in _KINDS),
+        }
+        others = [(name, score) for name, score in scores.items() if name not in usual]
+        if others:
+            logger.info("%s", tabulate(others, headers=("score", "percent"), floatfmt=".2f"))
         absent = [name for name, iou, _ in rows if np.isnan(iou)]
         if absent:
             logger.info(
@@ -211,3 +273,33 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
                 self._absent_classes,
                 ", ".join(absent),
             )
+
+
+def _add(total: Tensor | None, counts: Tensor) -> Tensor:
+    return counts if total is None else total.add_(counts)
+
+
+def _check_labels(dataset_name: str) -> None:
+    for record in DatasetCatalog.get(dataset_name):
+        if "sem_seg_file_name" not in record:
+            raise ValueError(
+                f"{dataset_name} has no labels for {record.get('file_name')}, so there is nothing "
+                "to compare with; to write predictions for a test server, choose the evaluator "
+                "contrast_d2.evaluation.SubmissionWriter"
+            )
+
+
+def _training_pixels(names: str | Sequence[str], class_names: Sequence[str]) -> np.ndarray:
+    """(K,) pixels of each class in one or several training sets."""
+    pixels = np.zeros(len(class_names), dtype=np.int64)
+    for name in [names] if isinstance(names, str) else names:
+        check_registered(name)
+        theirs = MetadataCatalog.get(name).stuff_classes
+        if list(theirs) != list(class_names):
+            raise ValueError(
+                f"train_dataset={name} has {len(theirs)} classes, {', '.join(theirs[:3])} ..., but "
+                f"the evaluated dataset has {len(class_names)}, {', '.join(class_names[:3])} ...: "
+                "name a training set with the same classes"
+            )
+        pixels += count_classes(name).sum(axis=0)
+    return pixels

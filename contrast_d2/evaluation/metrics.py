@@ -6,7 +6,7 @@ Shape letters: K classes, H W.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 AbsentClasses = Literal["zero_if_predicted", "exclude", "zero"]
+
+# Pixels whose scores are compared at a time on a CPU: they should stay in its cache.
+_CPU_PIXELS = 1 << 15
 
 
 class SegmentationScores(NamedTuple):
@@ -34,6 +37,33 @@ class SegmentationScores(NamedTuple):
     pacc: float
     class_iou: np.ndarray
     class_acc: np.ndarray
+
+
+def predicted_classes(scores_KHW: Tensor) -> Tensor:
+    """The class of the highest score, the first of equal ones.
+
+    Args:
+        scores_KHW: (K, H, W) floats, K at most 255.
+
+    Returns:
+        (H, W) uint8, on the device of the scores.
+    """
+    num_classes = len(scores_KHW)
+    if scores_KHW.device.type != "cpu":
+        return scores_KHW.argmax(dim=0).to(torch.uint8)
+    # Several times as fast as argmax, which does not use the vector units over the first dimension:
+    # of the classes that reach the maximum, the first has the highest rank.
+    ranks_K1 = torch.arange(num_classes, 0, -1, dtype=torch.uint8)[:, None]
+    scores_KN = scores_KHW.flatten(1)
+    rank_N = torch.empty(scores_KN.shape[1], dtype=torch.uint8)
+    for scores, rank in zip(
+        scores_KN.split(_CPU_PIXELS, dim=1), rank_N.split(_CPU_PIXELS), strict=True
+    ):
+        reached = (scores == scores.amax(dim=0)).view(torch.uint8)
+        torch.amax(reached.mul_(ranks_K1), dim=0, out=rank)
+    if not rank_N.all():  # nan is equal to nothing
+        return scores_KHW.argmax(dim=0).to(torch.uint8)
+    return (num_classes - rank_N).view(scores_KHW.shape[1:])
 
 
 def confusion_matrix(
@@ -60,6 +90,10 @@ def confusion_matrix(
             f"predictions have shape {tuple(predictions.shape)}, labels {tuple(labels.shape)}; "
             "resize the predictions to the size of the labels"
         )
+    if predictions.device.type == "cpu" and predictions.dtype == labels.dtype == torch.uint8:
+        counts = _byte_confusion_matrix(predictions, labels, num_classes, ignore_label)
+        if counts is not None:
+            return counts
     predictions, labels = predictions.long().flatten(), labels.long().flatten()
     ignored = labels == ignore_label
     legal = (labels >= 0) & (labels < num_classes)
@@ -79,6 +113,18 @@ def confusion_matrix(
             f"for labels, the ignore_label {ignore_label}"
         )
     return counts[:ignored_bin].view(num_classes, num_classes)
+
+
+def _byte_confusion_matrix(
+    predictions: Tensor, labels: Tensor, num_classes: int, ignore_label: int
+) -> Tensor | None:
+    """The confusion matrix of bytes in one pass; None where a pixel is illegal."""
+    pairs = labels.int().mul_(256).add_(predictions).flatten()
+    counts = torch.bincount(pairs, minlength=256**2).view(256, 256)
+    if 0 <= ignore_label < 256:
+        counts[ignore_label] = 0
+    legal = counts[:num_classes, :num_classes]
+    return legal.clone() if legal.sum() == counts.sum() else None
 
 
 def _outside(values: Tensor, num_classes: int) -> list[int]:
@@ -120,29 +166,130 @@ def segmentation_scores(
     correct = matrix_KK.diagonal().astype(np.float64)
     labelled = matrix_KK.sum(axis=1).astype(np.float64)
     predicted = matrix_KK.sum(axis=0).astype(np.float64)
-    num_classes = len(correct)
-    class_iou, class_acc = np.full(num_classes, np.nan), np.full(num_classes, np.nan)
-    present = labelled > 0
-    if not present.any():
+    union = labelled + predicted - correct
+    class_iou, class_acc = (ratio_of_present(correct, x, labelled) for x in (union, labelled))
+    if not labelled.any():
         return SegmentationScores(math.nan, math.nan, math.nan, math.nan, class_iou, class_acc)
 
-    union = labelled + predicted - correct
-    class_iou[present] = correct[present] / union[present]
-    class_acc[present] = correct[present] / labelled[present]
-    iou_classes, acc_classes = {
-        "zero_if_predicted": (np.sum(union > 0), np.sum(present)),
-        "exclude": (np.sum(present), np.sum(present)),
-        "zero": (num_classes, num_classes),
-    }[absent_classes]
+    present = labelled > 0
     frequency = labelled / np.sum(labelled)
     return SegmentationScores(
-        miou=float(np.sum(class_iou[present]) / iou_classes),
+        miou=mean_over_classes(class_iou, union, absent_classes),
         fwiou=float(np.sum(class_iou[present] * frequency[present])),
-        macc=float(np.sum(class_acc[present]) / acc_classes),
+        macc=mean_over_classes(class_acc, labelled, absent_classes),
         pacc=float(np.sum(correct) / np.sum(labelled)),
         class_iou=class_iou,
         class_acc=class_acc,
     )
+
+
+def ratio_of_present(
+    numerator: np.ndarray, denominator: np.ndarray, labelled: np.ndarray
+) -> np.ndarray:
+    """The ratio, (K,) float64, of classes that have labelled pixels; nan for others.
+
+    Args:
+        numerator: (K,).
+        denominator: (K,), positive where `labelled` is.
+        labelled: (K,) pixels in the ground truth.
+    """
+    ratio = np.full(len(labelled), np.nan)
+    np.divide(numerator, denominator, out=ratio, where=labelled > 0)
+    return ratio
+
+
+def mean_over_classes(
+    class_scores: np.ndarray, union: np.ndarray, absent_classes: AbsentClasses
+) -> float:
+    """The mean of scores by class, under a policy of `segmentation_scores`.
+
+    Args:
+        class_scores: (K,) of all classes or of a group, nan for classes without ground truth.
+        union: (K,) pixels that are labelled or predicted as the class.
+        absent_classes: the policy.
+
+    Returns:
+        The mean; nan where the policy leaves no class to count.
+    """
+    present = ~np.isnan(class_scores)
+    counted = {
+        "zero_if_predicted": np.sum(union > 0),
+        "exclude": np.sum(present),
+        "zero": len(class_scores),
+    }[absent_classes]
+    return float(np.sum(class_scores[present]) / counted) if counted else math.nan
+
+
+def group_miou(
+    confusion: Tensor,
+    groups: Mapping[str, Sequence[int]],
+    *,
+    absent_classes: AbsentClasses = "zero_if_predicted",
+) -> dict[str, float]:
+    """The mean intersection over union of the classes of each group.
+
+    A confusion of two classes of a group counts as wrong, as it does in the mIoU.
+
+    Args:
+        confusion: (K, K) integers; rows are true classes, columns are predicted classes.
+        groups: contiguous class ids by name of the group.
+        absent_classes: how classes absent from the ground truth enter the means, see
+            `segmentation_scores`.
+
+    Returns:
+        Scores in 0..1 by name of the group; nan where the policy leaves no class to count.
+    """
+    class_iou = segmentation_scores(confusion, absent_classes=absent_classes).class_iou
+    matrix_KK = confusion.cpu().numpy()
+    union = matrix_KK.sum(axis=0) + matrix_KK.sum(axis=1) - matrix_KK.diagonal()
+    return {
+        name: mean_over_classes(class_iou[list(members)], union[list(members)], absent_classes)
+        for name, members in groups.items()
+    }
+
+
+def merge_classes(confusion: Tensor, groups: Mapping[str, Sequence[int]]) -> Tensor:
+    """The confusion matrix of groups of classes, each taken as one class.
+
+    Args:
+        confusion: (K, K) integers; rows are true classes, columns are predicted classes.
+        groups: contiguous class ids by name of the group; every class is in one group.
+
+    Returns:
+        (G, G) integers, in the order of the groups.
+
+    Raises:
+        ValueError: a class is in no group or in several.
+    """
+    members = sorted(k for group in groups.values() for k in group)
+    if members != list(range(len(confusion))):
+        raise ValueError(
+            f"the groups {list(groups)} must hold each of {len(confusion)} classes once, but hold "
+            f"the classes {members}"
+        )
+    membership_GK = confusion.new_zeros(len(groups), len(confusion))
+    for row, group in zip(membership_GK, groups.values(), strict=True):
+        row[list(group)] = 1
+    return membership_GK @ confusion @ membership_GK.T
+
+
+def frequency_groups(pixels: np.ndarray) -> dict[str, list[int]]:
+    """Divides classes into head, mid and tail, thirds by how many pixels they have.
+
+    Contextrast++ scores such groups; their boundaries are ours: a third of the classes each, and
+    where three does not divide K the more frequent groups take the rest.
+
+    Args:
+        pixels: (K,) pixels of each class in the training set.
+
+    Returns:
+        Class ids by "head", "mid" and "tail", the most frequent first.
+    """
+    order = np.argsort(-np.asarray(pixels), kind="stable")
+    return {
+        name: part.tolist()
+        for name, part in zip(("head", "mid", "tail"), np.array_split(order, 3), strict=True)
+    }
 
 
 def check_absent_classes(absent_classes: str) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import inspect
 import json
 import logging
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator as DetectronSemSegEvaluator
 from PIL import Image
 
 import contrast_d2.data  # noqa: F401  (registers the datasets)
-from contrast_d2.evaluation import SemSegEvaluator
+from contrast_d2.evaluation import BoundaryIoU, Measure, SemSegEvaluator, TrimapIoU
+from contrast_d2.evaluation.confusion_files import plot_confusion
 from tests.helpers import run_processes
 
 from .catalog import register
@@ -129,6 +131,8 @@ def test_files_are_finite_json_and_what_detectron2_writes(make_dataset, tmp_path
         results = run(evaluator, DatasetCatalog.get(name), [scores_like(labels[0], 0, 4, None)])
 
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "confusion_matrix.csv",
+        "confusion_matrix.png",
         "sem_seg_evaluation.json",
         "sem_seg_evaluation.pth",
     }
@@ -182,6 +186,67 @@ def test_errors_name_the_file_and_the_sizes(make_dataset, tmp_path):
         SemSegEvaluator("no_such_dataset")
 
 
+def test_confusion_matrix_is_saved_as_table_and_picture(make_dataset, tmp_path):
+    name = make_dataset([np.array([[0, 0, 1, VOID]])], ("sky", "road, wet", "car"))
+    predicted = torch.tensor([[0, 2, 1, 1]])
+    scores = torch.nn.functional.one_hot(predicted, 3).permute(2, 0, 1).float()
+    run(SemSegEvaluator(name, output_dir=str(tmp_path / "out")), DatasetCatalog.get(name), [scores])
+    with open(tmp_path / "out/confusion_matrix.csv", newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["true \\ predicted", "sky", "road, wet", "car"],
+        ["sky", "1", "0", "1"],
+        ["road, wet", "0", "1", "0"],
+        ["car", "0", "0", "0"],
+    ]
+    with Image.open(tmp_path / "out/confusion_matrix.png") as picture:
+        assert min(picture.size) > 300
+
+    axes = plot_confusion(torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 0]]), "abc").axes[0]
+    drawn = axes.images[0].get_array().filled(-1)
+    np.testing.assert_array_equal(drawn, [[50, 0, 50], [0, 100, 0], [-1, -1, -1]])
+    assert [text.get_text() for text in axes.texts] == ["50", "50", "100"]
+    assert not plot_confusion(torch.eye(26), [str(k) for k in range(26)]).axes[0].texts
+
+
+def test_groups_of_the_dataset_and_of_the_training_set(make_dataset, monkeypatch, tmp_path):
+    monkeypatch.setenv("CONTRAST_D2_CACHE", str(tmp_path))
+    labels = [random_labels(0, (8, 8), (0, 1, 2, 3))]
+    name = make_dataset(labels, CLASSES)
+    # In the training sets, bikes are most frequent, and cars do not occur.
+    train = [
+        make_dataset([np.array([[3, 3, 3, 0]])], CLASSES),
+        make_dataset([np.array([[1, 1, 0, 0]])], CLASSES),
+    ]
+    MetadataCatalog.get(name).class_groups = {"vehicles": (2, 3)}
+    outputs = [scores_like(labels[0], 0, 4, None)]
+    evaluator = SemSegEvaluator(name, train_dataset=train)
+    scores = run(evaluator, DatasetCatalog.get(name), outputs)["sem_seg"]
+    iou = {c: scores[f"IoU-{c}"] for c in CLASSES}
+    assert len({round(v, 6) for v in iou.values()}) == 4
+    assert {n: v for n, v in scores.items() if n.startswith("mIoU-")} == pytest.approx(
+        {
+            "mIoU-vehicles": (iou["car"] + iou["bike"]) / 2,
+            "mIoU-head": (iou["bike"] + iou["sky"]) / 2,
+            "mIoU-mid": iou["road"],
+            "mIoU-tail": iou["car"],
+        }
+    )
+    other = make_dataset([np.zeros((1, 1))], ("a", "b"))
+    with pytest.raises(ValueError, match=rf"train_dataset={other} has 2 classes"):
+        SemSegEvaluator(name, train_dataset=other)
+
+
+def test_a_measure_is_of_the_dataset_that_is_evaluated(make_dataset):
+    name, other = (make_dataset([np.zeros((4, 4))], CLASSES) for _ in range(2))
+    with pytest.raises(ValueError, match=f"a BoundaryIoU is for {other}, but {name}"):
+        SemSegEvaluator(name, measures=[BoundaryIoU(other)])
+
+
+def _measures(name: str) -> list[Measure]:
+    return [BoundaryIoU(name, ratio=0.1), TrimapIoU(name, widths=(1, 2))]
+
+
 def _distributed_labels() -> list[np.ndarray]:
     return [random_labels(i, (6, 12), (0, 1, 3)) for i in range(3)]
 
@@ -196,7 +261,10 @@ def _evaluate_share(folder: str) -> None:
         register(name, data_dir, labels, CLASSES)
         share = shares[rank]
         evaluator = SemSegEvaluator(
-            name, output_dir=str(Path(folder) / name), save_predictions=True
+            name,
+            output_dir=str(Path(folder) / name),
+            save_predictions=True,
+            measures=_measures(name),
         )
         records = [DatasetCatalog.get(name)[i] for i in share]
         outputs = [scores_like(labels[i], i, len(CLASSES), None) for i in share]
@@ -208,8 +276,15 @@ def test_two_processes_equal_one(make_dataset, tmp_path):
     labels = _distributed_labels()
     name = make_dataset(labels, CLASSES)
     outputs = [scores_like(x, i, len(CLASSES), None) for i, x in enumerate(labels)]
-    evaluator = SemSegEvaluator(name, output_dir=str(tmp_path / "alone"), save_predictions=True)
+    evaluator = SemSegEvaluator(
+        name,
+        output_dir=str(tmp_path / "alone"),
+        save_predictions=True,
+        measures=_measures(name),
+    )
     expected = run(evaluator, DatasetCatalog.get(name), outputs)
+
+    assert {"boundary_mIoU", "trimap_mIoU_2px"} <= expected["sem_seg"].keys()
 
     run_processes(_evaluate_share, 2, str(tmp_path))
     for case in ("both", "one"):

@@ -2,10 +2,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from contrast_d2.evaluation.metrics import confusion_matrix, finite_scores, segmentation_scores
+from contrast_d2.evaluation.metrics import (
+    confusion_matrix,
+    finite_scores,
+    frequency_groups,
+    group_miou,
+    merge_classes,
+    predicted_classes,
+    segmentation_scores,
+)
 
 IGNORE = 255
 
@@ -26,6 +35,10 @@ def test_confusion_matrix_equals_a_loop_over_the_pixels():
     counted = confusion_matrix(predictions, labels.to(torch.uint8), 4, IGNORE)
     assert counted.dtype == torch.int64
     assert torch.equal(counted, expected)
+    # Bytes are counted another way.
+    counted = confusion_matrix(predictions.byte(), labels.byte(), 4, IGNORE)
+    assert counted.dtype == torch.int64
+    assert torch.equal(counted, expected)
 
 
 def test_confusion_matrix_ignores_whatever_is_predicted_on_ignored_pixels():
@@ -43,6 +56,30 @@ def test_confusion_matrix_ignores_whatever_is_predicted_on_ignored_pixels():
 def test_confusion_matrix_names_values_outside_the_classes(predictions, labels, message):
     with pytest.raises(ValueError, match=message):
         confusion_matrix(torch.tensor(predictions), torch.tensor(labels), 2, IGNORE)
+
+
+def test_confusion_matrix_of_bytes_names_values_outside_the_classes():
+    predictions, labels = torch.tensor([0, 9, 9]).byte(), torch.tensor([7, 0, IGNORE]).byte()
+    with pytest.raises(ValueError, match=r"2 pixels .* labels \[7\], predictions \[9\]"):
+        confusion_matrix(predictions, labels, 2, IGNORE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_classes", [2, 255])
+def test_predicted_classes_equal_argmax(dtype, num_classes):
+    # More pixels than are compared at a time; so few values that there are many ties.
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 9, (num_classes, 190, 181), generator=generator).to(dtype)
+    predictions = predicted_classes(scores)
+    assert predictions.dtype == torch.uint8
+    assert torch.equal(predictions.long(), scores.argmax(dim=0))
+    assert torch.equal(predicted_classes(scores.mT).long(), scores.mT.argmax(dim=0))
+
+
+def test_predicted_classes_equal_argmax_where_scores_are_not_finite():
+    scores = torch.randn(3, 4, 5)
+    scores[1, 0, 0], scores[2, 1, 1], scores[:, 2, 2] = math.nan, math.inf, -math.inf
+    assert torch.equal(predicted_classes(scores).long(), scores.argmax(dim=0))
 
 
 def test_confusion_matrix_refuses_to_broadcast():
@@ -92,3 +129,32 @@ def test_finite_scores_keep_numbers_and_drop_the_rest():
         "b": None,
         "c": None,
     }
+
+
+def test_group_miou_is_the_mean_of_the_classes_under_each_policy():
+    groups = {"all": (0, 1, 2, 3), "pair": (1, 2), "absent": (2,), "nowhere": (3,)}
+    found = {
+        policy: group_miou(ABSENT, groups, absent_classes=policy)
+        for policy in ("zero_if_predicted", "exclude", "zero")
+    }
+    nan = math.nan
+    assert found["zero_if_predicted"] == pytest.approx(
+        {"all": 1 / 3, "pair": 0.2, "absent": 0.0, "nowhere": nan}, nan_ok=True
+    )
+    assert found["exclude"] == pytest.approx(
+        {"all": 0.5, "pair": 0.4, "absent": nan, "nowhere": nan}, nan_ok=True
+    )
+    assert found["zero"] == pytest.approx({"all": 0.25, "pair": 0.2, "absent": 0.0, "nowhere": 0.0})
+
+
+def test_merged_classes_forgive_confusions_within_a_group():
+    confusion = torch.tensor([[5, 1, 2], [3, 4, 0], [6, 0, 7]])
+    merged = merge_classes(confusion, {"last": (2,), "first": (1, 0)})
+    assert merged.tolist() == [[7, 6], [2, 13]]
+    with pytest.raises(ValueError, match=r"\['one'\] must hold each of 3 classes once.*\[0, 1\]"):
+        merge_classes(confusion, {"one": (0, 1)})
+
+
+def test_head_mid_and_tail_are_thirds_by_frequency():
+    pixels = np.array([3, 90, 5, 0, 90, 40, 7])
+    assert frequency_groups(pixels) == {"head": [1, 4, 5], "mid": [6, 2], "tail": [0, 3]}
