@@ -38,6 +38,21 @@ class Folders(NamedTuple):
     """What to do where a label file is missing, for the message."""
 
 
+class BrokenFilesError(ValueError):
+    """Files of a dataset are missing or cannot be read.
+
+    Args:
+        problems: a sentence for each file, without a full stop; the first one is the message.
+        records: of the images that are whole, for those who go on without the others.
+    """
+
+    def __init__(self, problems: Sequence[str], records: Sequence[Record]) -> None:
+        more = f"; {len(problems) - 1:,} more files have such faults" if len(problems) > 1 else ""
+        super().__init__(f"{problems[0]}{more}. tools/check_dataset.py lists all")
+        self.problems = tuple(problems)
+        self.records = list(records)
+
+
 def datasets_root() -> str:
     """The folder that ``DETECTRON2_DATASETS`` names now; ``datasets`` where it is not set."""
     return os.path.expanduser(os.environ.get("DETECTRON2_DATASETS", "datasets"))
@@ -62,42 +77,57 @@ def pair_files(root: str, parts: Sequence[Folders]) -> list[Record]:
         (the NAME) and, where the split has labels, ``sem_seg_file_name``.
 
     Raises:
-        ValueError: if a folder, a listed image or a label file is missing, or there is no image.
+        BrokenFilesError: if listed images or label files are missing.
+        ValueError: if a folder is missing, or there is no image.
     """
-    return [record for part in parts for record in _pair_part(root, part)]
+    records: list[Record] = []
+    problems: list[str] = []
+    for part in parts:
+        in_part, problems_of_part = _pair_part(root, part)
+        records += in_part
+        problems += problems_of_part
+    if problems:
+        raise BrokenFilesError(problems, records)
+    return records
 
 
-def _pair_part(root: str, part: Folders) -> list[Record]:
+def _pair_part(root: str, part: Folders) -> tuple[list[Record], list[str]]:
+    """The records of a part, and what is wrong with the others."""
     image_dir = os.path.join(root, part.images)
     images = _images_by_name(image_dir, part, root)
     names = sorted(images) if part.names is None else part.names
-    for name in names:
-        if name not in images:
-            raise ValueError(
-                f"The dataset folder {image_dir} lacks the image {name}{part.image_suffixes[0]}, "
-                "which its split lists: is the download complete?"
-            )
+    problems = [
+        f"The dataset folder {image_dir} lacks the image {name}{part.image_suffixes[0]}, which its "
+        "split lists: is the download complete?"
+        for name in names
+        if name not in images
+    ]
     records = [
-        {"file_name": os.path.join(image_dir, images[name]), "image_id": name} for name in names
+        {"file_name": os.path.join(image_dir, images[name]), "image_id": name}
+        for name in names
+        if name in images
     ]
     if part.labels is None:
-        return records
+        return records, problems
     label_dir = os.path.join(root, part.labels)
     if not PathManager.isdir(label_dir):
         raise ValueError(
             f"The dataset folder {label_dir} does not exist. {_labels_hint(part)}{root_hint(root)}"
         )
     labels = set(PathManager.ls(label_dir))
+    labelled = []
     for record in records:
         label = record["image_id"] + part.label_suffix
-        if label not in labels:
-            raise ValueError(
-                f"The image {record['file_name']} has no label file "
-                f"{os.path.join(label_dir, label)}: {part.missing_labels} (datasets are looked "
-                f"for in {root!r})"
-            )
         record["sem_seg_file_name"] = os.path.join(label_dir, label)
-    return records
+        if label in labels:
+            labelled.append(record)
+        else:
+            problems.append(
+                f"The image {record['file_name']} has no label file "
+                f"{record['sem_seg_file_name']}: {part.missing_labels} (datasets are looked for "
+                f"in {root!r})"
+            )
+    return labelled, problems
 
 
 def _labels_hint(part: Folders) -> str:
@@ -130,10 +160,17 @@ def add_sizes(records: list[Record]) -> list[Record]:
     """Adds ``height`` and ``width`` (pixels), read from the images' headers, to records.
 
     Raises:
-        ValueError: if an image cannot be read. The message names it.
+        BrokenFilesError: if images cannot be read. The message names the first.
     """
+    problems, readable = [], []
     for record in records:
-        record["height"], record["width"] = _image_size(record["file_name"])
+        try:
+            record["height"], record["width"] = _image_size(record["file_name"])
+            readable.append(record)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise BrokenFilesError(problems, readable)
     return records
 
 

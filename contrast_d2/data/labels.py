@@ -24,7 +24,7 @@ _ILLEGAL = -1
 
 # The single-channel modes in which PIL hands back the stored integers. Palette images ("P") are
 # indices, their colours are decoration.
-_LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
+LABEL_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def load_labels(path: str, label_map: LabelMap) -> np.ndarray:
                 array, mode = np.asarray(image), image.mode
     except READ_ERRORS as error:
         raise ValueError(f"Cannot read the label image {path}: {error}") from error
-    if mode not in _LABEL_MODES:
+    if mode not in LABEL_MODES:
         raise ValueError(
             f"{path}: a label image needs one channel of class ids, this one has mode {mode!r}. "
             "Convert colours to ids first"

@@ -62,16 +62,12 @@ class SemSegMapper:
             ValueError: if a file cannot be read, sizes differ, or a label is not defined. The
                 message names the file.
         """
-        file_name = dataset_dict["file_name"]
-        image = read_rgb(file_name)
+        try:
+            image, labels = self._read(dataset_dict)
+        except ValueError as error:
+            name = self.label_map.dataset_name
+            raise ValueError(f"{error}. All files: python tools/check_dataset.py {name}") from error
         height, width = image.shape[:2]
-        declared = dataset_dict.get("height", height), dataset_dict.get("width", width)
-        if declared != (height, width):
-            raise ValueError(
-                f"{file_name} has size (height, width) {(height, width)}, but its dataset record "
-                f"says {declared}: correct the record or the file"
-            )
-        labels = self._read_labels(dataset_dict, (height, width)) if self.is_train else None
 
         sample = T.AugInput(image, sem_seg=labels)
         self.augmentations(sample)
@@ -83,6 +79,20 @@ class SemSegMapper:
         if sample.sem_seg is not None:
             result["sem_seg"] = torch.from_numpy(sample.sem_seg.astype(np.int64))
         return result
+
+    def _read(self, dataset_dict: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:
+        """Reads the (H, W, 3) image and, in training, the (H, W) labels of a record."""
+        file_name = dataset_dict["file_name"]
+        image = read_rgb(file_name)
+        height, width = image.shape[:2]
+        declared = dataset_dict.get("height", height), dataset_dict.get("width", width)
+        if declared != (height, width):
+            raise ValueError(
+                f"{file_name} has size (height, width) {(height, width)}, but its dataset record "
+                f"says {declared}: correct the record or the file"
+            )
+        labels = self._read_labels(dataset_dict, (height, width)) if self.is_train else None
+        return image, labels
 
     def _read_labels(self, dataset_dict: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
         """Reads the (H, W) uint8 labels of a record whose image has the given (H, W)."""
