@@ -115,13 +115,10 @@ def inference_differences(
     if graphs[0] != graphs[1]:
         numbers = [len(graph.operations) for graph in graphs]
         found.append(f"graphs differ: {numbers[0]} operations with contrast, {numbers[1]} without")
-    flops = [
-        sum(part.flops for part in _count_inference(model, size)[0].values())
-        for model in (method, baseline)
-    ]
+    image = _image(size)
+    flops = [int(_counters(_OneImage(m), image)[0].total()) for m in (method, baseline)]
     if flops[0] != flops[1]:
         found.append(f"FLOPs differ: {flops[0]} with contrast, {flops[1]} without")
-    image = _image(size)
     with torch.no_grad():
         scores = [_OneImage(model)(image) for model in (method, baseline)]
     if not torch.equal(*scores):

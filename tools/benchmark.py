@@ -8,6 +8,8 @@ Usage:
     python tools/benchmark.py projection --output results/performance_projection.json
     python tools/benchmark.py methods configs/camvid/semfpn_r18_{base,ms_cs,pixel}_cpu.py
     python tools/benchmark.py data --output results/performance_data.json
+    python tools/benchmark.py model configs/cityscapes/fcn_hrnet48_{base,ms_cs}_40k.py --batch 2
+    python tools/benchmark.py model --suite gpu --output results/performance_model_gpu.json
     python tools/benchmark.py tables
 """
 
@@ -32,7 +34,7 @@ if __name__ == "__main__":
     keep_heap()  # before the imports that take seconds
 
 import torch
-from bench import cases, contrast, growth, methods, projection, tables
+from bench import cases, contrast, growth, methods, models, projection, tables
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,6 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_growth(commands)
     _add_projection(commands)
     _add_methods(commands)
+    _add_model(commands)
     _add_data(commands)
     _add_tables(commands)
     options = parser.parse_args(arguments)
@@ -120,6 +123,32 @@ def _add_data(commands: Any) -> None:
     _add_rounds(parser)
 
 
+def _add_model(commands: Any) -> None:
+    parser = _add_measurement(
+        commands, "model", "whole training steps, updates included, of a baseline and methods"
+    )
+    parser.set_defaults(run=_model)
+    parser.add_argument(
+        "files", nargs="*", type=Path, metavar="FILE", help="experiment files, the baseline first"
+    )
+    parser.add_argument("--suite", choices=["gpu"], help="instead of files: all of the GPU table")
+    parser.add_argument("--batch", type=int, help="images (default: as the baseline's file)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of an image (default: the baseline's crop)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=methods.PRECISIONS,
+        default="fp32",
+        help="autocast to it (default fp32)",
+    )
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+
+
 def _add_measurement(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=summary, description=f"Measure {summary}.")
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,7 +175,7 @@ def _add_tables(commands: Any) -> None:
     summary = "rewrite the tables of the documentation from the results"
     parser = commands.add_parser("tables", help=summary, description=f"{summary.capitalize()}.")
     parser.set_defaults(run=_tables)
-    documents = [Path("docs/performance.md"), Path("docs/methods.md")]
+    documents = [Path(f"docs/{name}.md") for name in ("performance", "methods", "models")]
     parser.add_argument(
         "--docs",
         type=Path,
@@ -192,8 +221,28 @@ def _methods(options: argparse.Namespace) -> int:
     for path in [*options.files, *([options.weights] if options.weights else [])]:
         if not Path(path).is_file():
             raise ValueError(f"{path}: there is no such file")
-    results = methods.measure(options.files, weights=options.weights, **_settings(options))
-    _write(results, options.output)
+    work = methods.MethodStep({path.stem: str(path) for path in options.files}, options.weights)
+    _write(methods.measure(work, **_settings(options)), options.output)
+    return 0
+
+
+def _model(options: argparse.Namespace) -> int:
+    if options.suite is None:
+        work = models.step_of(
+            options.files,
+            batch=options.batch,
+            size=options.size,
+            precision=options.precision,
+            compiled=options.compile,
+        )
+        measured = {options.files[0].stem: work}
+    else:
+        if options.files:
+            raise ValueError("--suite names its files itself: give either the one or the others")
+        if torch.device(options.device).type != "cuda":
+            raise ValueError(f"--suite gpu on --device {options.device}: it needs a GPU")
+        measured = models.gpu_suite(Path(__file__).parents[1] / "configs")
+    _write(models.measure(measured, **_settings(options)), options.output)
     return 0
 
 

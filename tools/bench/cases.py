@@ -62,7 +62,7 @@ LARGE_REGIONS = replace(
     area_spread=0.4,
     seed=24,
 )
-_ROOMS = Scene(
+ROOMS = Scene(
     batch=16,
     height=512,
     width=512,
@@ -80,7 +80,7 @@ CASES = {
     # So small a step that fixed costs rule: no promise.
     "cityscapes_b2": Case(Step(_FEWSTREETS), _STEP, expected=(1008, 288, 115, 85)),
     "cityscapes_b8": Case(Step(STREET), _STEP, 1.8, (990, 704, 410, 325), default_heap=True),
-    "ade20k_b16": Case(Step(_ROOMS), _STEP, 1.8, (1430, 828, 615, 500)),
+    "ade20k_b16": Case(Step(ROOMS), _STEP, 1.8, (1430, 828, 615, 500)),
     "cityscapes_b8_large": Case(Step(LARGE_REGIONS), (OURS, TEXTBOOK), 1.5, (9936, 3744, 792, 325)),
     "infonce_2048": Case(InfoNCE(2048), _LOSS, 1.4),
     "infonce_4096": Case(InfoNCE(4096), _LOSS, 1.4),

@@ -1,33 +1,50 @@
-"""Measures what each contrast method adds to a training step, from experiment files."""
+"""Measures what contrast methods add to a training step, from experiment files.
+
+Shape letters: B images, H W an image.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .machine import Probes, Say, interleave, milliseconds, note, ratios, warning
+from .scenes import IGNORE_LABEL, Scene, draw_labels
 from .workloads import Contender
+
+_AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+PRECISIONS = tuple(_AUTOCAST_DTYPES)
 
 
 @dataclass(frozen=True)
 class MethodStep:
-    """Forward and backward of the segmentors of experiment files, on one batch of the first one.
+    """A training step of the segmentors of experiment files, on one batch.
 
     Attributes:
         files: the experiment files by name. They must be of one dataset and crop size.
         weights: checkpoint that all networks start from, "" for random weights. What is wrongly
             predicted, and with it the cost of some methods, depends on them.
+        scene: B, H, W and the look of generated labels, under random images; None takes the first
+            batch of the first file's training data.
+        precision: "fp32", or autocast to "bf16".
+        compiled: by `torch.compile`.
+        updates: the file's optimizer takes its step, and what stays in memory from step to step
+            (weights, other state and that of the optimizer) counts as part of the peak. Otherwise
+            forward and backward only.
     """
 
     files: Mapping[str, str]
     weights: str = ""
+    scene: Scene | None = None
+    precision: str = "fp32"
+    compiled: bool = False
+    updates: bool = False
 
     def contenders(self, device: torch.device, names: Sequence[str]) -> dict[str, Contender]:
         """A training step of each named file's model."""
@@ -35,9 +52,13 @@ class MethodStep:
         runs = {}
         for name in names:
             model = self.model(name).to(device)
-            runs[name] = Contender(
-                partial(_training_losses, model, batch), list(model.parameters())
-            )
+            run = torch.compile(model) if self.compiled else model
+            compute = partial(_training_losses, run, batch, device, self.precision)
+            if self.updates:
+                optimizer = _optimizer(self.files[name], model)
+                runs[name] = _UpdatingContender(compute, model, optimizer)
+            else:
+                runs[name] = Contender(compute, list(model.parameters()))
         return runs
 
     def gradient_bytes(self) -> int:
@@ -65,14 +86,55 @@ class MethodStep:
     def _batch(self) -> list[dict[str, Any]]:
         from detectron2.config import instantiate
 
-        return next(iter(instantiate(_config(next(iter(self.files.values()))).dataloader.train)))
+        config = _config(next(iter(self.files.values())))
+        if self.scene is None:
+            return next(iter(instantiate(config.dataloader.train)))
+        scene = self.scene
+        generator = torch.Generator().manual_seed(scene.seed)
+        size = (scene.batch, 3, scene.height, scene.width)
+        images = torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+        labels = draw_labels(scene)
+        labels[labels == IGNORE_LABEL] = config.dataset.ignore_label
+        return [
+            {"image": image, "sem_seg": label} for image, label in zip(images, labels, strict=True)
+        ]
+
+
+class _UpdatingContender(Contender):
+    """A training step with its update.
+
+    Args:
+        compute: returns the loss, 0-dim.
+        model: whose parameters are updated.
+        optimizer: of them.
+    """
+
+    def __init__(
+        self, compute: Callable[[], Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> None:
+        super().__init__(compute, list(model.parameters()))
+        self._model = model
+        self._optimizer = optimizer
+
+    def __call__(self) -> Tensor:
+        """Forward, backward and update; returns the loss."""
+        loss = super().__call__()
+        self._optimizer.step()
+        return loss
+
+    def settle(self) -> int:
+        """Runs once, which makes the optimizer's state; bytes of it and of the model's."""
+        self()
+        states = self._optimizer.state.values()
+        state = [x for each in states for x in each.values() if isinstance(x, Tensor)]
+        kept = [*self._model.parameters(), *self._model.buffers(), *state]
+        return sum(x.nbytes for x in kept)
 
 
 def measure(
-    files: Sequence[Path],
+    work: MethodStep,
     device: torch.device,
     *,
-    weights: str,
     rounds: int,
     most_seconds: float,
     say: Say,
@@ -80,21 +142,32 @@ def measure(
     """Measures time, peak memory, parameters and checkpoint size.
 
     Args:
-        files: experiment files; the first is the baseline.
+        work: the first of its files is the baseline.
         device: where.
-        weights: as in `MethodStep`.
         rounds: how often each method runs, at most.
         most_seconds: about how long is timed, unless that is less than five rounds.
         say: is told what is found, line by line.
 
     Returns:
         A tree for JSON: how and where, and by file the time of a step (ms), its ratio to the
-        baseline's, peak memory beyond weights and inputs (MiB), parameters in training, and the
-        size of the model's part of a checkpoint (MB).
+        baseline's, peak memory beyond inputs (MiB; without updates, beyond weights too), parameters
+        in training, and the size of the model's part of a checkpoint (MB).
     """
+    found = measure_step(work, device, rounds=rounds, most_seconds=most_seconds, say=say)
+    return {**note(device), **found}
+
+
+def measure_step(
+    work: MethodStep,
+    device: torch.device,
+    *,
+    rounds: int,
+    most_seconds: float,
+    say: Say,
+) -> dict[str, Any]:
+    """As `measure`, without the notes on machine and versions."""
     from .worker import peak_mib
 
-    work = MethodStep({path.stem: str(path) for path in files}, weights)
     names = list(work.files)
     say(f"\na training step of {', '.join(names)}")
     timings = interleave(
@@ -128,9 +201,12 @@ def measure(
             f"{row['checkpoint_mb']:7.1f} MB"
         )
     return {
-        **note(device),
         "files": dict(work.files),
-        "weights": bool(weights),
+        "weights": bool(work.weights),
+        "scene": None if work.scene is None else asdict(work.scene),
+        "precision": work.precision,
+        "compiled": work.compiled,
+        "updates": work.updates,
         "rounds": len(timings.peaks),
         "calls_per_round": timings.calls,
         "cpu_share": timings.cpu_share,
@@ -141,7 +217,9 @@ def measure(
 def _config(path: str) -> Any:
     from contrast_d2.engine import load_config
 
-    config = load_config(path, ["model.backbone.pretrained=False"])
+    config = load_config(path)
+    if "pretrained" in config.model.backbone:
+        config.model.backbone.pretrained = False
     config.dataloader.train.num_workers = 0
     # What is measured is a step with contrast.
     if config.model.contrast is not None and "warmup_iters" in config.model.contrast:
@@ -149,8 +227,24 @@ def _config(path: str) -> Any:
     return config
 
 
-def _training_losses(model: nn.Module, batch: list[dict[str, Any]]) -> Tensor:
-    return torch.stack(list(model(batch).values())).sum()
+def _optimizer(path: str, model: nn.Module) -> torch.optim.Optimizer:
+    from detectron2.config import instantiate
+
+    optimizer = _config(path).optimizer
+    optimizer.params.model = model
+    return instantiate(optimizer)
+
+
+def _training_losses(
+    run: Callable[[list[dict[str, Any]]], dict[str, Tensor]],
+    batch: list[dict[str, Any]],
+    device: torch.device,
+    precision: str,
+) -> Tensor:
+    dtype = _AUTOCAST_DTYPES[precision]
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        losses = run(batch)
+    return torch.stack(list(losses.values())).sum()
 
 
 def _saved_bytes(state: Mapping[str, Tensor]) -> int:

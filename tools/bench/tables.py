@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and docs/methods.md, made from the measured results.
+"""The tables of docs/performance.md, methods.md and models.md, made from the results.
 
 A table stands between two comments, of which the first names its results and its kind:
 
@@ -190,6 +190,63 @@ def _loading(found: Mapping[str, Any]) -> str:
     return _table(head.split("|"), rows)
 
 
+def _training_steps(found: Mapping[str, Any]) -> str:
+    rows = []
+    for case in found["cases"].values():
+        scene = case["scene"]
+        baseline = next(iter(case["methods"].values()))
+        for name, row in case["methods"].items():
+            first, ratio = row is baseline, row["times_baseline"]
+            rows.append(
+                [
+                    f"{scene['batch']} x {scene['height']}x{scene['width']}" if first else "",
+                    f"{case['precision']}, {'compiled' if case['compiled'] else 'eager'}"
+                    if first
+                    else "",
+                    f"`{name}`",
+                    _time(row),
+                    ""
+                    if first
+                    else f"{ratio['median']:.3f} ({ratio['p10']:.3f} to {ratio['p90']:.3f})",
+                    f"{row['peak_mib']:,.0f}",
+                    "" if first else f"{row['peak_mib'] / baseline['peak_mib']:.3f}",
+                ]
+            )
+    head = "images|mode|experiment|ms|times baseline|peak, MiB|times baseline's"
+    return _table(head.split("|"), rows)
+
+
+def _models(found: Mapping[str, Any]) -> str:
+    rows = []
+    for name, model in found["models"].items():
+        parts, extra = model["inference"], model["training_only"]
+        auxiliary, contrast = extra.get("auxiliary head"), extra.get("contrast")
+        backbone = (model["backbone"] or "").partition(".")[0]  # without the tag of its weights
+        paper = _PAPER_PARAMETERS.get((backbone, model["decoder"]))
+        rows.append(
+            [
+                f"`{name}`",
+                _millions(sum(part["parameters"] for part in parts.values())),
+                "" if paper is None else str(paper),
+                "" if auxiliary is None else _millions(auxiliary["parameters"]),
+                "" if contrast is None else _millions(contrast["parameters"]),
+                "{}x{}".format(*model["size"]),
+                f"{sum(part['flops'] for part in parts.values()) / 1e9:.1f}",
+                "" if contrast is None else f"{contrast['flops'] / 1e9:.1f}",
+                _VERDICTS[model["inference_differences"] == []] if contrast is not None else "",
+            ]
+        )
+    head = (
+        "experiment|parameters, M|in the paper, M|auxiliary head, M|projectors, M|image|GFLOPs|"
+        "of the projectors|inference without contrast"
+    )
+    return _table(head.split("|"), rows)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f}"
+
+
 def _exponents(found: Mapping[str, Any]) -> str:
     rows = [
         [
@@ -219,6 +276,17 @@ def _relative(row: Mapping[str, Any], is_ours: bool) -> str:
     return "" if is_ours else f"{ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f})"
 
 
+# Of the networks without projectors, in millions, by timm's name of the backbone and our decoder;
+# as Pissas et al., ECCV 2022, print them.
+_PAPER_PARAMETERS = {
+    ("hrnet_w48", "OCRDecoder"): 71,
+    ("resnet101", "DeepLabV3Decoder"): 63,
+    ("swin_tiny_patch4_window7_224", "UPerNetDecoder"): 60,
+    ("swin_small_patch4_window7_224", "UPerNetDecoder"): 81,
+    ("swin_base_patch4_window7_224", "UPerNetDecoder"): 121,
+    ("swin_large_patch4_window7_224", "UPerNetDecoder"): 234,
+}
+_VERDICTS = {True: "the same", False: "another"}
 _PARTS = {"contrast": "contrastive part", "step": "whole step"}
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "machine": _machine,
@@ -228,6 +296,8 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "errors": _errors,
     "projections": _projections,
     "methods": _methods,
+    "models": _models,
+    "training": _training_steps,
     "exponents": _exponents,
     "loading": _loading,
 }

@@ -50,7 +50,7 @@ def from_json(tree: Mapping[str, Any]) -> Workload:
     """The workload that `to_json` made a tree of."""
     kinds = {kind.__name__: kind for kind in (Step, InfoNCE, TrainingStep, MethodStep)}
     fields = {name: value for name, value in tree.items() if name != "kind"}
-    if "scene" in fields:
+    if fields.get("scene") is not None:
         fields["scene"] = Scene(**fields["scene"])
     return kinds[tree["kind"]](**fields)
 
@@ -61,7 +61,7 @@ def peak_mib(
     """Peak memory of one call beyond inputs and gradients, in MiB, in a fresh process.
 
     On a CPU that is the growth of the resident set (`VmHWM`), on one thread; on CUDA, of the
-    allocator's peak.
+    allocator's peak. What a contender says it keeps from call to call is added.
 
     Args:
         work: workloads, each with the contenders that are measured on it.
@@ -146,13 +146,14 @@ def _median_ms(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _growth(run: Contender, device: torch.device) -> int:
+    kept = run.settle()
     run.drop_gradients()
     if device.type != "cuda":
-        return resident_growth(run)
+        return kept + resident_growth(run)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
-    return torch.cuda.max_memory_allocated() - before
+    return kept + torch.cuda.max_memory_allocated() - before
 
 
 def _small(workload: Workload) -> Workload:
