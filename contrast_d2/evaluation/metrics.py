@@ -49,7 +49,8 @@ def predicted_classes(scores_KHW: Tensor) -> Tensor:
         (H, W) uint8, on the device of the scores.
     """
     num_classes = len(scores_KHW)
-    if scores_KHW.device.type != "cpu":
+    channels_last = scores_KHW.stride(0) == 1  # which argmax can do
+    if scores_KHW.device.type != "cpu" or channels_last:
         return scores_KHW.argmax(dim=0).to(torch.uint8)
     # Several times as fast as argmax, which does not use the vector units over the first dimension:
     # of the classes that reach the maximum, the first has the highest rank.

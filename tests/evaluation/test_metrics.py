@@ -73,7 +73,9 @@ def test_predicted_classes_equal_argmax(dtype, num_classes):
     predictions = predicted_classes(scores)
     assert predictions.dtype == torch.uint8
     assert torch.equal(predictions.long(), scores.argmax(dim=0))
-    assert torch.equal(predicted_classes(scores.mT).long(), scores.mT.argmax(dim=0))
+    channels_last = scores.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    for same in (scores.mT, channels_last):
+        assert torch.equal(predicted_classes(same).long(), same.argmax(dim=0))
 
 
 def test_predicted_classes_equal_argmax_where_scores_are_not_finite():
