@@ -35,7 +35,7 @@ def test_files_that_it_names_exist() -> None:
 
 
 def test_overrides_that_it_names_are_known() -> None:
-    overrides = re.findall(r"\b((?:train|model|optimizer)\.[\w.]+=[\w.]+)", README)
+    overrides = re.findall(r"\b((?:train|model|optimizer|dataloader)\.[\w.]+=[\w.,\[\]]+)", README)
     assert len(overrides) >= 6
     for override in set(overrides):
         load_config(str(ROOT / CAMVID), [override])
