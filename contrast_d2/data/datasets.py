@@ -219,7 +219,7 @@ def check_registered(name: str) -> None:
             return
     known = list(DatasetCatalog.keys())
     siblings = [other for other in known if separator and other.startswith(stem + separator)]
-    nearest = siblings or difflib.get_close_matches(name, known, n=3)
+    nearest = difflib.get_close_matches(name, siblings or known, n=3)
     hints = [f"did you mean {' or '.join(nearest)}?"] if nearest else []
     if separator and not siblings:
         hints.append(f"if it is a folder of yours, put a {FILE_NAME} into {folder}")

@@ -3,7 +3,7 @@
 Both get the same class scores, 19 x 1024 x 2048 as for Cityscapes, and the same label files, made
 from labels of CamVid; they take turns in one process with one thread. Run from the repository:
 
-    python -m tools.bench.evaluator --output results/performance_evaluator.json
+    python -m tools.bench.evaluator --output results/evaluation_speed.json
 """
 
 from __future__ import annotations
