@@ -25,6 +25,7 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 # ruff: noqa: E402
 import torch
 from bench.machine import note
+from bench.models import crop_of
 from detectron2.config import instantiate
 from omegaconf import DictConfig
 
@@ -62,7 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
     files = [name for name in options.config_file if "=" not in name]
     overrides = [name for name in options.config_file if "=" in name] + options.opts
     try:
-        models = {Path(file).stem: _measure(file, overrides, options.size) for file in files}
+        # Mistakes are told before minutes of work.
+        configs = {file: load_config(file, overrides) for file in files}
+        sizes = {file: _size(file, cfg, options.size) for file, cfg in configs.items()}
+        models = {
+            Path(file).stem: _measure(file, cfg, sizes[file]) | {"overrides": overrides}
+            for file, cfg in configs.items()
+        }
         if options.output is not None:
             results = {**note(torch.device("cpu")), "models": models}
             options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -73,12 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 2 if any(model["inference_differences"] for model in models.values()) else 0
 
 
-def _measure(file: str, overrides: Sequence[str], size: Sequence[int] | None) -> dict[str, Any]:
-    cfg = load_config(file, overrides)
-    if size is None:
-        size = list(cfg.dataloader.train.mapper.augmentations.crop_size)
+def _size(file: str, cfg: DictConfig, size: Sequence[int] | None) -> Sequence[int]:
+    size = crop_of(file, cfg) if size is None else size
     if min(size) < 1:
         raise ValueError(f"--size {size[0]} {size[1]}: both must be at least 1.")
+    return size
+
+
+def _measure(file: str, cfg: DictConfig, size: Sequence[int]) -> dict[str, Any]:
     segmentor = _build(cfg)
     contrast = segmentor.contrast
     differences = None
@@ -91,7 +100,6 @@ def _measure(file: str, overrides: Sequence[str], size: Sequence[int] | None) ->
     print(_verdict(differences))
     return {
         "file": file,
-        "overrides": list(overrides),
         "backbone": cfg.model.backbone.get("name"),
         "decoder": type(segmentor.sem_seg_head).__name__,
         "contrast": None if contrast is None else type(contrast).__name__,

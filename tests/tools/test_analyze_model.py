@@ -59,6 +59,7 @@ def test_mistakes_give_one_clear_line(main, tmp_path: Path, capsys) -> None:
         ([str(tmp_path / "none.py")], "none.py"),
         ([METHOD, "model.contrasts=None"], "model.contrasts"),
         ([METHOD, "--size", "0", "64"], "--size 0 64"),
+        ([str(ROOT / "configs/cadis/ocr_r50_base_task2_50ep.py")], "say which with --size"),
     ):
         assert main(["--config-file", *arguments]) == 1
         (line,) = capsys.readouterr().err.splitlines()

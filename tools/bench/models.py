@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
 from .cases import ROOMS, STREET
 from .machine import Say, note
@@ -54,7 +55,7 @@ def step_of(
     if len(classes) > 1:
         raise ValueError(f"the files have {sorted(classes)} classes: name files of one dataset.")
     if size is None:
-        size = tuple(baseline.dataloader.train.mapper.augmentations.crop_size)
+        size = crop_of(files[0], baseline)
     if batch is None:
         batch = baseline.dataloader.train.total_batch_size
     if min(batch, *size) < 1:
@@ -66,6 +67,19 @@ def step_of(
         compiled=compiled,
         updates=True,
     )
+
+
+def crop_of(file: str | Path, cfg: DictConfig) -> tuple[int, int]:
+    """Height and width of the images that an experiment trains on.
+
+    Raises:
+        ValueError: it trains on whole images.
+    """
+    augmentations = cfg.dataloader.train.mapper.augmentations
+    if "crop_size" not in augmentations:
+        raise ValueError(f"{file} trains on whole images: say which with --size HEIGHT WIDTH.")
+    height, width = augmentations.crop_size
+    return height, width
 
 
 def scene_of(num_classes: int, batch: int, size: Sequence[int]) -> Scene:
