@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Measure the contrastive part of a training step, and how fast samples are loaded.
+"""Measure what training steps, loading and evaluation cost, in time and memory.
 
 Usage:
     python tools/benchmark.py contrast --threads 1 --output results/performance_cpu.json --check
@@ -8,6 +8,7 @@ Usage:
     python tools/benchmark.py projection --output results/performance_projection.json
     python tools/benchmark.py methods configs/camvid/semfpn_r18_{base,ms_cs,pixel}_cpu.py
     python tools/benchmark.py data --output results/performance_data.json
+    python tools/benchmark.py evaluation --output results/performance_evaluation.json
     python tools/benchmark.py model configs/cityscapes/fcn_hrnet48_{base,ms_cs}_40k.py --batch 2
     python tools/benchmark.py model --suite gpu --output results/performance_model_gpu.json
     python tools/benchmark.py tables
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_methods(commands)
     _add_model(commands)
     _add_data(commands)
+    _add_evaluation(commands)
     _add_tables(commands)
     options = parser.parse_args(arguments)
     try:
@@ -123,6 +125,14 @@ def _add_data(commands: Any) -> None:
     _add_rounds(parser)
 
 
+def _add_evaluation(commands: Any) -> None:
+    summary = "the evaluation of an image, against detectron2's evaluator"
+    parser = commands.add_parser("evaluation", help=summary, description=f"Measure {summary}.")
+    parser.set_defaults(run=_evaluation, device="cpu", threads=1)
+    parser.add_argument("--images", type=int, default=3, help="how many (default 3)")
+    _add_rounds(parser)
+
+
 def _add_model(commands: Any) -> None:
     parser = _add_measurement(
         commands, "model", "whole training steps, updates included, of a baseline and methods"
@@ -175,7 +185,7 @@ def _add_tables(commands: Any) -> None:
     summary = "rewrite the tables of the documentation from the results"
     parser = commands.add_parser("tables", help=summary, description=f"{summary.capitalize()}.")
     parser.set_defaults(run=_tables)
-    documents = [Path(f"docs/{name}.md") for name in ("performance", "methods", "models")]
+    documents = [Path(f"docs/{name}.md") for name in tables.DOCUMENTS]
     parser.add_argument(
         "--docs",
         type=Path,
@@ -252,6 +262,15 @@ def _data(options: argparse.Namespace) -> int:
     from bench import data  # brings detectron2, which the other measurements do without
 
     _write(data.measure(images=options.images, **_settings(options)), options.output)
+    return 0
+
+
+def _evaluation(options: argparse.Namespace) -> int:
+    if options.images < 1:
+        raise ValueError(f"--images {options.images}: needs at least 1")
+    from bench import evaluation  # brings detectron2, which the other measurements do without
+
+    _write(evaluation.measure(images=options.images, **_settings(options)), options.output)
     return 0
 
 

@@ -492,8 +492,7 @@ def test_mistakes_give_one_clear_line(main, tmp_path, capsys) -> None:
 
 
 def test_tables_of_the_documentation_are_those_of_the_results() -> None:
-    names = ("performance", "methods", "models")
-    texts = [(ROOT / f"docs/{name}.md").read_text() for name in names]
+    texts = [(ROOT / f"docs/{name}.md").read_text() for name in tables.DOCUMENTS]
     for text in texts:
         assert tables.fill(text, ROOT / "results") == text
     for file in (ROOT / "results").glob("performance_*.json"):

@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md, methods.md and models.md, made from the results.
+"""The tables of docs/{performance,methods,models,evaluation}.md, made from the results.
 
 A table stands between two comments, of which the first names its results and its kind:
 
@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from .workloads import OURS
+
+# In the folder docs/, without suffix.
+DOCUMENTS = ("performance", "methods", "models", "evaluation")
 
 _MIB = 1 << 20
 _SECTION = re.compile(r"(<!-- ([\w.]+): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -190,6 +193,24 @@ def _loading(found: Mapping[str, Any]) -> str:
     return _table(head.split("|"), rows)
 
 
+def _evaluations(found: Mapping[str, Any]) -> str:
+    rows = []
+    for layout, contenders in found["layouts"].items():
+        for number, (contender, row) in enumerate(contenders.items()):
+            ratio = row["times_detectron2"]
+            rows.append(
+                [
+                    layout if number == 0 else "",
+                    contender,
+                    _time(row),
+                    ""
+                    if number == 0
+                    else f"{ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f})",
+                ]
+            )
+    return _table(["scores in memory", "evaluator", "ms", "times as fast as detectron2's"], rows)
+
+
 def _training_steps(found: Mapping[str, Any]) -> str:
     rows = []
     for case in found["cases"].values():
@@ -300,4 +321,5 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "training": _training_steps,
     "exponents": _exponents,
     "loading": _loading,
+    "evaluations": _evaluations,
 }

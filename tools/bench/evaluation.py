@@ -1,17 +1,12 @@
-"""Measure what the evaluation of an image costs, against detectron2's evaluator.
+"""What the evaluation of an image costs, against detectron2's evaluator.
 
 Both get the same class scores, 19 x 1024 x 2048 as for Cityscapes, and the same label files, made
-from labels of CamVid; they take turns in one process with one thread. Run from the repository:
-
-    python -m tools.bench.evaluator --output results/evaluation_speed.json
+from labels of CamVid; they take turns in one process with one thread. Scores lie in memory as
+PyTorch does by default, all of one class together, or channels-last, all of one pixel together.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,45 +23,59 @@ from torch.nn import functional as F
 import contrast_d2.data  # noqa: F401  (registers the datasets)
 from contrast_d2.evaluation import BoundaryIoU, SemSegEvaluator, TrimapIoU
 
-from .machine import note, ratios, spread
+from .machine import Say, milliseconds, note, ratios
 
 PEER, OURS = "detectron2", "contrast_d2"
+LAYOUTS = {"by class": False, "channels-last": True}
 WITH_BOUNDARIES = "contrast_d2, with boundary IoU and four trimaps"
 _DATASET, _LABELS_FROM = "benchmark_evaluator", "camvid_sem_seg_val"
 _NUM_CLASSES, _SIZE, _VOID, _STORED_VOID = 19, (1024, 2048), 255, 11
 
 
-def measure(images: int, rounds: int) -> dict[str, Any]:
+def measure(
+    *, images: int, device: torch.device, rounds: int, most_seconds: float, say: Say
+) -> dict[str, Any]:
     """Measures the processor time of an image.
 
     Args:
         images: how many.
-        rounds: how often each is evaluated by every contender.
+        device: where: a CPU.
+        rounds: how often, at most, each image is evaluated by every contender.
+        most_seconds: begin no further round of a layout after so long.
+        say: is told what is found.
 
     Returns:
-        A tree for JSON: where, and by contender the time of an image (ms) and how many times as
-        fast as detectron2's it is.
+        A tree for JSON: where, and by layout of the scores and contender the time of an image (ms)
+        and how many times as fast as detectron2's evaluator it is.
 
     Raises:
         RuntimeError: the evaluators disagree on a score.
     """
-    torch.set_num_threads(1)
-    command = shlex.join(["python", "-m", "tools.bench.evaluator", *sys.argv[1:]])
-    found = note(torch.device("cpu")) | {"command": command, "images": images, "rounds": rounds}
-    found["contenders"] = {}
+    found = note(device) | {"images": images, "layouts": {}}
     with tempfile.TemporaryDirectory() as folder:
         records = _register(Path(folder), images)
         try:
-            seconds = _interleave(records, rounds)
+            for layout, channels_last in LAYOUTS.items():
+                say(f"\nscores {layout}: {images} images")
+                seconds = _interleave(records, channels_last, rounds, most_seconds)
+                found["layouts"][layout] = _compare(seconds, say)
         finally:
             DatasetCatalog.remove(_DATASET)
             MetadataCatalog.remove(_DATASET)
-    for name, times in seconds.items():
-        found["contenders"][name] = {
-            "ms": spread([1000 * t for t in times]),
-            "times_detectron2": ratios(seconds[PEER], times),
-        }
     return found
+
+
+def _compare(seconds: dict[str, list[float]], say: Say) -> dict[str, Any]:
+    rows = {}
+    for name, times in seconds.items():
+        row = {"ms": milliseconds(times), "times_detectron2": ratios(seconds[PEER], times)}
+        ratio = row["times_detectron2"]
+        say(
+            f"  {name:50} {row['ms']['median']:6.1f} ms, {ratio['median']:.2f} times as fast as "
+            f"{PEER} ({ratio['p10']:.2f} to {ratio['p90']:.2f})"
+        )
+        rows[name] = row
+    return rows
 
 
 def _register(folder: Path, count: int) -> list[dict[str, Any]]:
@@ -85,7 +94,7 @@ def _register(folder: Path, count: int) -> list[dict[str, Any]]:
     return records
 
 
-def _scores(record: dict[str, Any], seed: int) -> torch.Tensor:
+def _scores(record: dict[str, Any], seed: int, channels_last: bool) -> torch.Tensor:
     """Class scores as a network with stride 4 gives them: often right, smooth, enlarged."""
     generator = torch.Generator().manual_seed(seed)
     height, width = (side // 4 for side in _SIZE)
@@ -94,11 +103,14 @@ def _scores(record: dict[str, Any], seed: int) -> torch.Tensor:
     truth = F.one_hot(torch.where(labels == _VOID, 0, labels), _NUM_CLASSES).permute(2, 0, 1)
     coarse = torch.randn(1, _NUM_CLASSES, height // 8, width // 8, generator=generator)
     noise = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
-    scores = (2.0 * truth + noise).contiguous()  # not channels-last, as one-hot labels are
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    scores = (2.0 * truth + noise).contiguous(memory_format=layout)
     return F.interpolate(scores, size=_SIZE, mode="bilinear", align_corners=False)[0]
 
 
-def _interleave(records: Sequence[dict[str, Any]], rounds: int) -> dict[str, list[float]]:
+def _interleave(
+    records: Sequence[dict[str, Any]], channels_last: bool, rounds: int, most_seconds: float
+) -> dict[str, list[float]]:
     """Processor seconds of each image by contender, all in turn on the same scores."""
     evaluators = {
         PEER: DetectronSemSegEvaluator(_DATASET, distributed=False),
@@ -108,11 +120,14 @@ def _interleave(records: Sequence[dict[str, Any]], rounds: int) -> dict[str, lis
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in evaluators}
+    start = time.perf_counter()
     for number in range(rounds + 1):  # the first warms up and is not counted
+        if number > 1 and time.perf_counter() - start > most_seconds:
+            break
         for evaluator in evaluators.values():
             evaluator.reset()
         for seed, record in enumerate(records):
-            output = {"sem_seg": _scores(record, seed)}
+            output = {"sem_seg": _scores(record, seed, channels_last)}
             for name, evaluator in evaluators.items():
                 begin = time.process_time()
                 evaluator.process([record], [output])
@@ -123,24 +138,3 @@ def _interleave(records: Sequence[dict[str, Any]], rounds: int) -> dict[str, lis
         if not all(np.isclose(r[name], expected, rtol=0, equal_nan=True) for r in results.values()):
             raise RuntimeError(f"the evaluators disagree on {name}: {results}")
     return seconds
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--output", type=Path, required=True, help="JSON file")
-    options = parser.parse_args()
-    found = measure(options.images, options.rounds)
-    options.output.write_text(json.dumps(found, indent=2) + "\n")
-    for name, row in found["contenders"].items():
-        ratio = row["times_detectron2"]
-        print(
-            f"{name:50} {row['ms']['median']:7.1f} ms  {ratio['median']:.2f} x detectron2 "
-            f"({ratio['p10']:.2f}-{ratio['p90']:.2f})"
-        )
-
-
-if __name__ == "__main__":
-    main()
