@@ -25,8 +25,9 @@ ALLOWED = {
     "losses": {"structures"},
     "structures": set(),
     "solver": set(),
+    "weights": set(),
     "data": set(),
-    "evaluation": {"data"},
+    "evaluation": {"data", "weights"},
     "segmentor": {"backbones", "contrast", "decoders", "losses", "structures"},
 }
 

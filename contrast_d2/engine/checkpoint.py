@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import glob
 import os
-from collections.abc import Callable
-from typing import IO, Any
+import re
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 from torch import nn
 
 from ..segmentor import is_training_only
+from ..weights import read_weights
+from .files import damage_of, write_atomically
 
 _PICKLES = (".pkl", ".pyth")
+
+# Of those that `--resume` may start from.
+_TRAINING_CHECKPOINT = re.compile(r"model_(\d{7}|final)\.pth")
 
 
 class Checkpointer(DetectionCheckpointer):
     """detectron2's checkpointer; a kill at any moment leaves it a checkpoint to resume from.
 
     Files are written under a temporary name, flushed to disk and renamed; `last_checkpoint` names a
-    file only once that is complete.
+    file only once that is complete. What is damaged later is told by its checksums when a run is
+    resumed, which then starts from the checkpoint before it.
 
     Args:
         model, save_dir, save_to_disk, checkpointables: as detectron2's.
@@ -47,11 +55,8 @@ class Checkpointer(DetectionCheckpointer):
         """
         if path and "://" not in path and not os.path.isfile(path):
             raise ValueError(f"train.init_checkpoint={path}: there is no such file.")
-        if path.endswith(_PICKLES) and not self._allow_pickle:
-            raise ValueError(
-                f"train.init_checkpoint={path}: reading a pickle runs the code that it holds. If "
-                "you trust where the file comes from, set train.allow_pickle=True."
-            )
+        if path.endswith(_PICKLES):
+            self._check_pickle(path)
 
     def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Loads a checkpoint, as detectron2's.
@@ -62,6 +67,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         self.check_file(path)
         self._unfit: list[str] = []
+        self._entries: set[str] = set()
         rest = super().load(path, *args, **kwargs)
         parameters = {name for name, _ in self.model.named_parameters()}
         if path and parameters <= set(self._unfit):
@@ -71,14 +77,119 @@ class Checkpointer(DetectionCheckpointer):
             )
         return rest
 
+    def find_resumable(self) -> str:
+        """The checkpoint to resume from: the last one of `save_dir`, or, if that is damaged, the
+        newest one that is whole, with a warning.
+
+        The main process looks, and all processes get its answer: all of them have to ask.
+
+        Returns:
+            Its path, or "" where no training has left a checkpoint.
+
+        Raises:
+            ValueError: there are checkpoints, and all of them are damaged.
+        """
+        found = self._newest_whole() if comm.is_main_process() else ("", "")
+        path, problem = comm.all_gather(found)[0]
+        if problem:
+            raise ValueError(problem)
+        return path
+
+    def _newest_whole(self) -> tuple[str, str]:
+        """The path to resume from, "" if there is none; and why none will do, "" if one does."""
+        last = os.path.join(self.save_dir, "last_checkpoint")
+        candidates = sorted(self.training_checkpoints(), key=os.path.getmtime, reverse=True)
+        problems = []
+        if os.path.exists(last):
+            named = _read_name(last)
+            if named:
+                path = os.path.join(self.save_dir, named)
+                candidates = [path, *(other for other in candidates if other != path)]
+            else:
+                problems.append(f"{last} is empty")
+        elif candidates:
+            problems.append(f"{last} is missing")
+        for path in candidates:
+            damage = damage_of(path)
+            if damage is None:
+                if problems:
+                    self.logger.warning("%s: resuming from %s instead.", "; ".join(problems), path)
+                return path, ""
+            problems.append(f"{path} cannot be used, {damage}")
+        if not problems:
+            return "", ""
+        return "", (
+            f"no checkpoint to resume from: {'; '.join(problems)}. Put back a copy of one, or leave "
+            "out --resume to train anew."
+        )
+
+    def training_checkpoints(self) -> list[str]:
+        """The paths of the checkpoints in `save_dir` that a training can be resumed from."""
+        paths = sorted(glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth")))
+        return [path for path in paths if _TRAINING_CHECKPOINT.fullmatch(os.path.basename(path))]
+
+    def resume(self, path: str) -> None:
+        """Takes up weights and state of a training.
+
+        Args:
+            path: found by `find_resumable`.
+
+        Raises:
+            ValueError: the checkpoint is of another model, or holds weights alone.
+        """
+        self.load(path)
+        lacking = sorted(set(self.checkpointables) - self._entries)
+        if lacking:
+            raise ValueError(
+                f"{path} holds weights alone, without {', '.join(lacking)}, and cannot be resumed "
+                f"from: start from the weights with train.init_checkpoint={path}."
+            )
+        if self._unfit:
+            raise ValueError(
+                f"{path} does not fit the model: {len(self._unfit)} of its weights are missing "
+                f"there or have another shape, such as {self._unfit[0]}. Resume with the config "
+                "that the training began with."
+            )
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        """Resumes from the newest whole checkpoint, or else loads weights, as detectron2's.
+
+        Raises:
+            ValueError: as `find_resumable` and `load`.
+        """
+        last = self.find_resumable() if resume else ""
+        return self.load(last) if last else self.load(path, checkpointables=[])
+
+    def _check_pickle(self, path: str) -> None:
+        if not self._allow_pickle:
+            raise ValueError(
+                f"train.init_checkpoint={path}: reading a pickle runs the code that it holds. If "
+                "you trust where the file comes from, set train.allow_pickle=True."
+            )
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        """Reads the local file, as which an address or one with a query may turn out."""
+        if filename.endswith(_PICKLES):
+            self._check_pickle(filename)
+            return super()._load_file(filename)
+        content = read_weights(filename)
+        content = content if "model" in content else {"model": content}
+        if not isinstance(content["model"], dict):
+            raise ValueError(
+                f"{filename} holds a {type(content['model']).__name__} as 'model' and not a dict "
+                "of weights: give a state dict, or a checkpoint of a training run."
+            )
+        self._entries = set(content)
+        return content
+
     def load_for_inference(self, path: str) -> None:
-        """Loads all weights that the model has at test time.
+        """Loads all weights that the model has at test time, averaged ones if there are any.
 
         Raises:
             ValueError: there is no such file, it is of another model, or a pickle and those are not
                 allowed.
         """
-        self.load(path, checkpointables=[])
+        rest = self.load(path, checkpointables=[])
         unfit = [name for name in self._unfit if not is_training_only(name)]
         if unfit:
             raise ValueError(
@@ -86,6 +197,10 @@ class Checkpointer(DetectionCheckpointer):
                 f"have another shape, such as {unfit[0]}. Evaluate it with the config it was "
                 "trained with."
             )
+        average = rest.get("trainer", {}).get("hooks", {}).get("WeightAverage")
+        if average:
+            self.logger.info("Taking the averaged weights of %s", path)
+            self.model.load_state_dict(average["average"], strict=False)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         shapes = [name for name, *_ in incompatible.incorrect_shapes]
@@ -117,21 +232,7 @@ class Checkpointer(DetectionCheckpointer):
         write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
 
 
-def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file so that `path` is never seen half-written, whenever the process dies.
-
-    Args:
-        path: of the file, in a folder that exists.
-        write: puts the content into the open binary file that it is given.
-    """
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+def _read_name(path: str) -> str:
+    """The name in a `last_checkpoint` file, which may be torn."""
+    with open(path, "rb") as file:
+        return file.read().decode(errors="replace").strip()

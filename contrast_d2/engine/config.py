@@ -23,6 +23,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from ..evaluation.runs import load_saved_config
 from ..yacs import add_contrast_config, tree_from_yacs
 
 
@@ -77,7 +78,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Args:
         path: of a `.py` file, or of a `.yaml`: one that a run has saved, or one of detectron2,
-            which has keys in upper case. Any of them can run code.
+            which has keys in upper case. A `.py` file is code; a `.yaml` holds plain values, but a
+            saved one names the callables that are run when its model is built.
         overrides: "key=value", in hydra's grammar; None and null both mean None. A key is one of
             the config, or an argument with a default of the callable that the config names there.
             For a yaml config of detectron2, its KEY and VALUE in turn.
@@ -94,10 +96,17 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
             raise ValueError(f"{text}: flags go before the overrides.")
     if path.endswith((".yaml", ".yml")) and _is_yacs(path):
         return tree_from_yacs(load_yacs(path, overrides))
-    cfg = LazyConfig.load(path)
+    cfg = load_saved_config(path) if path.endswith((".yaml", ".yml")) else _load_lazy(path)
     for override in _parse(overrides):
         _apply(cfg, override)
     return cfg
+
+
+def _load_lazy(path: str) -> DictConfig:
+    """Runs an experiment file. A mistake in it keeps its traceback, which names the line."""
+    if not path.endswith(".py"):
+        raise ValueError(f"--config-file {path}: an experiment file ends in .py or .yaml.")
+    return LazyConfig.load(path)
 
 
 def _is_yacs(path: str) -> bool:
@@ -106,7 +115,8 @@ def _is_yacs(path: str) -> bool:
         try:
             root = yaml.compose(file)  # names no objects yet, and so runs no code
         except yaml.YAMLError as error:
-            raise ValueError(f"--config-file {path} is not valid yaml: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--config-file {path} is not valid yaml: {reason}") from error
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"--config-file {path} holds no keys.")
     return all(str(key.value).isupper() for key, _ in root.value)
@@ -126,9 +136,11 @@ def load_yacs(path: str, overrides: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_contrast_config(cfg)
     try:
-        _merge(cfg, CfgNode.load_yaml_with_base(path, allow_unsafe=True))
-    except (AssertionError, OSError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config-file {path} cannot be read: {error}") from error
+        _merge(cfg, CfgNode.load_yaml_with_base(path, allow_unsafe=False))
+    except (AssertionError, AttributeError, OSError, TypeError, yaml.YAMLError) as error:
+        # A detail of yaml takes several lines.
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--config-file {path} cannot be read: {reason}") from error
     except ValueError as error:
         raise ValueError(f"--config-file {path}: {error}") from error
     for text in overrides[::2]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from detectron2.config import LazyConfig, instantiate
+import yaml
+from detectron2.config import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
+
+from ..weights import read_weights
 
 Metrics = dict[int, dict[str, float]]
 
@@ -67,6 +68,28 @@ def _parse_line(line: str) -> dict[str, float] | None:
     return values if isinstance(values, dict) and "iteration" in values else None
 
 
+def load_saved_config(path: str | Path) -> DictConfig:
+    """Read a config that a run has saved, of plain values: no object of the yaml is built.
+
+    The callables that it names are those that a model is built with: building it runs them.
+
+    Raises:
+        ValueError: the file cannot be read, is no valid yaml, or holds objects or no keys.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.constructor.ConstructorError as error:
+        raise ValueError(
+            f"{path} holds objects, which can run code ({error.problem}): write plain values, or "
+            "an experiment file in Python."
+        ) from error
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid yaml: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no keys.")
+    return OmegaConf.create(content, flags={"allow_objects": True})
+
+
 def read_config(run_dir: str | Path) -> DictConfig:
     """Read the config.yaml of a run.
 
@@ -76,7 +99,7 @@ def read_config(run_dir: str | Path) -> DictConfig:
     path = Path(run_dir) / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{path} does not exist; is this the output folder of a training run?")
-    config = LazyConfig.load(str(path))
+    config = load_saved_config(path)
     for key in ("model", "dataloader.test.dataset"):
         if OmegaConf.select(config, key) is None:
             raise ValueError(f"{path} has no {key}; it is not the config of a training run")
@@ -106,10 +129,9 @@ def load_run_model(run_dir: str | Path) -> nn.Module:
     config = read_config(run_dir).model
     _disable_pretrained(config)
     path = last_checkpoint(run_dir)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)["model"]
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {_first_line(error)}") from error
+    state = read_weights(path).get("model")
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is not a checkpoint of a run: it has no weights as 'model'")
     model = instantiate(config)
     try:
         model.load_state_dict(state)
@@ -166,7 +188,3 @@ def last_scores(run_dir: str | Path, metrics: Metrics) -> RunScores | None:
 
 def _with_nan(scores: Mapping[str, float | None]) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in scores.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

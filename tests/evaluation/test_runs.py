@@ -126,7 +126,7 @@ def test_unusable_runs_are_errors_that_name_the_file(tmp_path):
     with pytest.raises(ValueError, match=r"no checkpoint \(model_final\.pth does not exist\)"):
         load_run_model(tmp_path)
     (tmp_path / "model_final.pth").write_bytes(b"PK torn")
-    with pytest.raises(ValueError, match=r"model_final\.pth is not a readable checkpoint"):
+    with pytest.raises(ValueError, match=r"model_final\.pth cannot be read as a checkpoint"):
         load_run_model(tmp_path)
     torch.save({"model": Linear(4, False).state_dict()}, tmp_path / "model_final.pth")
     with pytest.raises(ValueError, match=r"does not fit the model .*size mismatch for weight"):

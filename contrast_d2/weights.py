@@ -1,0 +1,56 @@
+"""Reading files of weights without running code that they hold."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint that `torch.save` wrote, or a `.safetensors` file, onto the CPU.
+
+    Objects other than tensors and plain Python values are refused, not built.
+
+    Args:
+        path: of a local file.
+
+    Returns:
+        What the file holds: a state dict, or a dict that has one under some name.
+
+    Raises:
+        ValueError: there is no such file, it is damaged or no checkpoint, or it holds code.
+    """
+    path = str(path)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: there is no such file.")
+    try:
+        if path.endswith(".safetensors"):
+            content = safetensors.torch.load_file(path)
+        else:
+            # Named here, since it is the default of torch 2.6 and newer only.
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the readers of its format raise on a damaged file
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({_reason(path, error)}): give a file that "
+            "torch.save wrote, of tensors and plain values, or a .safetensors file."
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{path} holds a {type(content).__name__} and not a dict of weights: give a state "
+            "dict, or a checkpoint of a training run."
+        )
+    return content
+
+
+def _reason(path: str, error: Exception) -> str:
+    if os.path.getsize(path) == 0:
+        return "it is empty"
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds objects, which can run code, or is damaged"
+    first = (str(error).strip().splitlines() or [""])[0].partition(". ")[0].rstrip(".")
+    return f"it is damaged or of another kind: {type(error).__name__}: {first}"
