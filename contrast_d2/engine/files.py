@@ -1,0 +1,126 @@
+"""Files that are either whole or not there, and what a full disk does to them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import IO, Any
+
+logger = logging.getLogger(__name__)
+
+# No room on the disk, in a quota, or under a limit on the size of files.
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
+
+
+class DiskFullError(ValueError):
+    """A file could not be written for lack of room; those written before are as they were."""
+
+
+def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+    """Writes a file so that `path` is never seen half-written, whenever the process dies.
+
+    Args:
+        path: of the file, in a folder that exists.
+        write: puts the content into the open binary file that it is given.
+
+    Raises:
+        DiskFullError: there is no room for it. The file of before is still there.
+    """
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        with stop_when_disk_is_full(path), open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+    _sync_folder(os.path.dirname(path) or ".")
+
+
+@contextmanager
+def stop_when_disk_is_full(path: str) -> Iterator[None]:
+    """Turns the errors of writing `path` on a full disk into a line that says what to do.
+
+    Raises:
+        DiskFullError: the code inside found no room.
+    """
+    try:
+        yield
+    except Exception as error:
+        # torch.save ends with a RuntimeError of its own, raised while it cleans up after the first.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            raise DiskFullError(
+                f"{path} could not be written: {os.strerror(cause.errno)}. What was saved before is "
+                "whole: make room, then continue with --resume."
+            ) from error
+        raise
+
+
+def damage_of(path: str) -> str | None:
+    """What is wrong with a file of `torch.save`, or None if nothing is.
+
+    The file is a zip archive with a checksum per tensor. `torch.load` does not look at them, and
+    takes a flipped bit for a weight; here all of the file is read, at about 1 GB/s.
+
+    Args:
+        path: of the file.
+    """
+    if not os.path.isfile(path):
+        return "there is no such file"
+    if os.path.getsize(path) == 0:
+        return "it is empty"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            broken = archive.testzip()
+    except Exception as error:  # a damaged archive makes zipfile raise errors of many kinds
+        return f"it is cut short or damaged, {type(error).__name__}: {error}"
+    return f"its part {broken} fails its checksum" if broken else None
+
+
+def keep_metrics_until(path: str, iteration: int) -> None:
+    """Drops from a metrics.json the rows that a resumed run writes anew, and torn ones.
+
+    A run that is killed has written metrics of iterations after its last checkpoint, and a kill
+    within a row would have the next one continue it.
+
+    Args:
+        path: of the file, which need not be there.
+        iteration: last one of the checkpoint that is resumed from.
+    """
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        lines = file.readlines()
+    kept = [line for line in lines if _iteration_of(line) <= iteration]
+    if len(kept) < len(lines):
+        logger.info("%s: %d rows are written anew", path, len(lines) - len(kept))
+        write_atomically(path, lambda file: file.writelines(kept))
+
+
+def _iteration_of(line: bytes) -> float:
+    """Of a row of metrics; infinite for a torn one."""
+    try:
+        return json.loads(line)["iteration"] if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _sync_folder(folder: str) -> None:
+    """Makes a rename outlast a power failure, where the system can."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # some network file systems sync no folders
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
