@@ -26,7 +26,8 @@ setup: $(READY)
 # .ready exists only after a complete set-up. .busy is there while one runs: when it is found, the
 # last one was killed, may have left half a package behind, and the environment is made anew. After
 # a step that merely failed (no network, say) the environment is sound and is built upon.
-$(READY): pyproject.toml requirements/pinned.txt tools/install_detectron2.py
+$(READY): pyproject.toml requirements/pinned.txt requirements/unresolved.txt \
+		tools/install_detectron2.py
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("contrast_d2: the pinned \
 	packages need Python 3.11 or newer and %s is %d.%d; choose another with make PYTHON=..." \
 	% ((sys.executable,) + sys.version_info[:2]))'
@@ -36,6 +37,7 @@ $(READY): pyproject.toml requirements/pinned.txt tools/install_detectron2.py
 	mkdir -p $(VENV) && touch $(BUSY) && \
 	{ $(PYTHON) -m venv $$clear $(VENV) && touch $(BUSY) && \
 	  $(PIP) install -r requirements/pinned.txt && \
+	  $(PIP) install --no-deps -r requirements/unresolved.txt && \
 	  $(PIP) install --no-deps --no-build-isolation -e . && \
 	  $(BIN)/python tools/install_detectron2.py; \
 	  status=$$?; rm -f $(BUSY); exit $$status; }
