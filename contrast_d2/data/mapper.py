@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import Transform
 
+from .cache import PixelCache
 from .datasets import check_registered
 from .labels import LabelMap, load_labels
 from .reading import read_rgb
@@ -24,10 +26,12 @@ class SemSegMapper:
         augmentations: detectron2 augmentations, applied in order to RGB images.
         is_train: whether labels are read.
         image_format: "RGB" or "BGR", the order of the channels that the model takes.
+        cache_dir: a folder where decoded images are kept for later epochs and runs, as
+            `PixelCache` says; None keeps none.
 
     Raises:
-        ValueError: if the dataset is not registered or has no usable metadata, or image_format is
-            neither.
+        ValueError: if the dataset is not registered or has no usable metadata, image_format is
+            neither, or cache_dir cannot be written to.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class SemSegMapper:
         augmentations: Sequence[T.Augmentation | Transform] = (),
         is_train: bool,
         image_format: str = "RGB",
+        cache_dir: str | None = None,
     ) -> None:
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format must be 'RGB' or 'BGR', got {image_format!r}")
@@ -45,6 +50,7 @@ class SemSegMapper:
         self.augmentations = T.AugmentationList(list(augmentations))
         self.is_train = is_train
         self.image_format = image_format
+        self.cache = None if cache_dir is None else PixelCache(cache_dir)
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         """Maps one record; the record itself is left unchanged.
@@ -83,7 +89,8 @@ class SemSegMapper:
     def _read(self, dataset_dict: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:
         """Reads the (H, W, 3) image and, in training, the (H, W) labels of a record."""
         file_name = dataset_dict["file_name"]
-        image = read_rgb(file_name)
+        read = read_rgb if self.cache is None else partial(self.cache.read, decode=read_rgb)
+        image = read(file_name)
         height, width = image.shape[:2]
         declared = dataset_dict.get("height", height), dataset_dict.get("width", width)
         if declared != (height, width):

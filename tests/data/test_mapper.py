@@ -44,6 +44,21 @@ def test_bgr_is_the_reversed_sample(record):
     assert not torch.equal(images[0]["image"], images[1]["image"])
 
 
+def test_samples_from_kept_images_are_the_same(record, tmp_path, monkeypatch):
+    """And are tensors of their own: what trains on them may write into them."""
+    samples = []
+    for cache_dir in (None, str(tmp_path / "cache"), str(tmp_path / "cache")):
+        np.random.seed(0)
+        mapped = mapper(cache_dir=cache_dir, augmentations=train_augmentations((6, 6)))(record)
+        samples.append(mapped["image"].clone())
+        mapped["image"].zero_()
+        if cache_dir is not None:  # from now on decoding would fail
+            monkeypatch.setattr("contrast_d2.data.mapper.read_rgb", None)
+    assert torch.equal(samples[0], samples[1]) and torch.equal(samples[0], samples[2])
+    whole = mapper(cache_dir=str(tmp_path / "cache"))(record)["image"]
+    assert whole.any()
+
+
 def test_test_sample_needs_no_labels(record):
     """Sizes are the stored image's, whatever the augmentations: predictions return to them."""
     del record["sem_seg_file_name"], record["height"], record["width"]

@@ -29,10 +29,10 @@ def main() -> Callable[[list[str]], int]:
     return runpy.run_path(str(TOOL))["main"]
 
 
-def test_all_mappers_give_the_same_samples(camvid) -> None:
+def test_all_mappers_give_the_same_samples(camvid, tmp_path) -> None:
     """The same labels, and images that differ as ours and torchvision's hues do."""
     records = DatasetCatalog.get(data.CAMVID)[:2]
-    contenders = data.mappers(data.Images(data.CAMVID, records, (200, 300), 11))
+    contenders = data.mappers(data.Images(data.CAMVID, records, (200, 300), 11), tmp_path)
     for seed, record in enumerate(2 * records):
         samples = {}
         for name, mapper in contenders.items():

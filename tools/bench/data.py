@@ -31,6 +31,7 @@ from .machine import Say, note, ratios, spread
 PEER = "detectron2"
 OURS = "contrast_d2"
 PILLOW_ALONE = "contrast_d2, Pillow alone"
+CACHED = "contrast_d2, with a cache"
 
 CAMVID = "camvid_sem_seg_train"
 _LARGE = "benchmark_2048x1024"
@@ -82,8 +83,13 @@ class TorchvisionJitter(T.Augmentation):
         return T.PILColorTransform(apply)
 
 
-def mappers(images: Images) -> dict[str, Mapper]:
-    """What is compared. All draw the same random numbers and give the same labels."""
+def mappers(images: Images, cache_dir: Path) -> dict[str, Mapper]:
+    """What is compared. All draw the same random numbers and give the same labels.
+
+    Args:
+        images: that are mapped.
+        cache_dir: where one of the mappers keeps what it has decoded.
+    """
     ignore_label = images.stored_ignore_label
     peer = DatasetMapper(
         is_train=True,
@@ -101,14 +107,18 @@ def mappers(images: Images) -> dict[str, Mapper]:
             TorchvisionJitter(),
         ],
     )
-    ours = SemSegMapper(
-        dataset_name=images.dataset,
-        is_train=True,
-        augmentations=train_augmentations(
-            images.crop_size, scale=_SCALE, aspect=_ASPECT, max_class_area=_MAX_CLASS_AREA
-        ),
+    ours, cached = (
+        SemSegMapper(
+            dataset_name=images.dataset,
+            is_train=True,
+            augmentations=train_augmentations(
+                images.crop_size, scale=_SCALE, aspect=_ASPECT, max_class_area=_MAX_CLASS_AREA
+            ),
+            cache_dir=folder,
+        )
+        for folder in (None, str(cache_dir))
     )
-    found: dict[str, Mapper] = {PEER: peer, OURS: ours}
+    found: dict[str, Mapper] = {PEER: peer, OURS: ours, CACHED: cached}
     if reading.kornia_io is not None:
 
         def by_pillow(record: dict[str, Any]) -> dict[str, Any]:
@@ -146,7 +156,8 @@ def measure(
     with tempfile.TemporaryDirectory() as folder, _kinds(Path(folder), images) as kinds:
         for name, kind in kinds.items():
             say(f"\n{name}: {len(kind.records)} images, crops of {kind.crop_size}")
-            seconds = _interleave(mappers(kind), kind.records, rounds, most_seconds)
+            contenders = mappers(kind, Path(folder) / "cache")
+            seconds = _interleave(contenders, kind.records, rounds, most_seconds)
             found["kinds"][name] = _describe(kind) | {"rounds": len(seconds[PEER])}
             rows = found["kinds"][name]["contenders"] = {}
             for contender, times in seconds.items():
