@@ -16,7 +16,7 @@ from .boundary import BoundaryNegatives
 from .distributed import gather_set, sum_over_processes, world_size
 from .gather import gather_pixels, unit_vectors
 from .info_nce import PRODUCTS, Products, info_nce
-from .method import ContrastMethod
+from .method import ContrastMethod, connected_zero
 from .output import ContrastOutput
 from .pairs import RolePairs
 from .projector import MultiScaleProjector
@@ -278,6 +278,9 @@ class MultiScaleContrast(ContrastMethod):
             host_reads=source.class_counts is not None,
             **contrast_set,
         )
+        if term.contrast is not None and self.detach_contrast:
+            # The head of a map that is contrasted with and has no anchors needs a gradient too.
+            loss = loss + connected_zero([target.embeddings])
         if self.across_processes and world_size() > 1:
             # From the mean over this process's anchors to its share of the global mean; times the
             # number of processes, by which DistributedDataParallel divides.
