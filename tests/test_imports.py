@@ -26,7 +26,8 @@ ALLOWED = {
     "structures": set(),
     "solver": set(),
     "weights": set(),
-    "data": set(),
+    "data": {"html_page"},
+    "html_page": set(),
     "evaluation": {"data", "weights"},
     "segmentor": {"backbones", "contrast", "decoders", "losses", "structures"},
 }

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from ...html_page import escape, html_page, jpeg_address, wide
 from ..classes import Color
 from ..reading import READ_ERRORS
 from .facts import PairFacts, label_values, open_image
@@ -22,13 +20,10 @@ _MOST_FILES = 3
 _MOST_PICTURES_PER_FINDING, _MOST_PICTURES = 6, 30
 _PICTURE_WIDTH = 480
 _STYLE = """
-body { font: 15px/1.45 sans-serif; color: #222; max-width: 62em; margin: 2em auto; padding: 0 1em }
-table { border-collapse: collapse } td, th { padding: .15em .8em; text-align: right }
-th:first-child, td:first-child { text-align: left } .bar { background: #0072B2; height: .8em }
+.bar { background: var(--mark); height: .8em }
 .finding { border-left: .4em solid #999; padding: .2em 1em; margin: 1em 0 }
 .error { border-color: #D55E00 } .warning { border-color: #E69F00 }
-figure { display: inline-block; margin: .5em 1em .5em 0 } figcaption { color: #6b6b6b }
-img { max-width: 100%; margin-right: .4em } code { background: #f3f3f3 }
+figure img { margin-right: .4em }
 """
 
 
@@ -64,7 +59,7 @@ def write_html(path: str, checked: CheckedDataset, title: str) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
-    text = "\n".join(_document(checked, title))
+    text = html_page(title, _body(checked), style=_STYLE)
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
 
@@ -87,17 +82,14 @@ def _totals(findings: Sequence[Finding]) -> str:
     return ", ".join(counted(counts[severity], severity.value) for severity in Severity)
 
 
-def _document(checked: CheckedDataset, title: str) -> Iterator[str]:
-    yield f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}'
-    yield f"</title><style>{_STYLE}</style><h1>{html.escape(title)}</h1>"
+def _body(checked: CheckedDataset) -> Iterator[str]:
     yield f"<p>{_totals(checked.findings)}.</p><ul>"
     for split in checked.splits:
-        yield f"<li>{html.escape(_split_line(split, _of_split(checked, split)))}</li>"
+        yield f"<li>{escape(_split_line(split, _of_split(checked, split)))}</li>"
     yield "</ul><h2>Findings</h2>"
     yield from _findings_html(checked)
     yield "<h2>Classes</h2>"
-    yield from _histogram(checked)
-    yield "</html>"
+    yield wide("".join(_histogram(checked)))
 
 
 def _findings_html(checked: CheckedDataset) -> Iterator[str]:
@@ -108,11 +100,11 @@ def _findings_html(checked: CheckedDataset) -> Iterator[str]:
     left = _MOST_PICTURES
     for finding in checked.findings:
         severity = finding.severity.value
-        yield f'<div class="finding {severity}"><b>{severity}</b> {html.escape(finding.text)}'
+        yield f'<div class="finding {severity}"><b>{severity}</b> {escape(finding.text)}'
         if finding.fix:
-            yield f"<p>{html.escape(finding.fix)}</p>"
+            yield f"<p>{escape(finding.fix)}</p>"
         if finding.files:
-            paths = "<br>".join(html.escape(path) for path in finding.files)
+            paths = "<br>".join(escape(path) for path in finding.files)
             yield f"<details><summary>{counted(len(finding.files), 'file')}</summary>"
             yield f"<code>{paths}</code></details>"
         # Each pair once, though a finding may name its image and its labels.
@@ -126,12 +118,12 @@ def _findings_html(checked: CheckedDataset) -> Iterator[str]:
 
 def _figure(pair: PairFacts, scheme: LabelScheme) -> Iterator[str]:
     """The image, the boundaries of its labels on it, and these where they would fit better."""
-    name = html.escape(pair.label_file or pair.image_file)
+    name = escape(pair.label_file or pair.image_file)
     try:
         image = ImageOps.exif_transpose(open_image(pair.image_file)).convert("RGB")
         pictures = [image, *_label_pictures(pair, image, scheme)]
     except READ_ERRORS as error:
-        yield f"<figure><figcaption>{name}: {html.escape(str(error))}</figcaption></figure>"
+        yield f"<figure><figcaption>{name}: {escape(str(error))}</figcaption></figure>"
         return
     yield (
         "<figure>" + "".join(map(_picture, pictures)) + f"<figcaption>{name}</figcaption></figure>"
@@ -182,9 +174,7 @@ def _color(value: int, scheme: LabelScheme) -> Color:
 
 def _picture(image: Image.Image) -> str:
     image.thumbnail((_PICTURE_WIDTH, 4 * _PICTURE_WIDTH))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    return f'<img src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return f'<img src="{jpeg_address(image)}" alt="">'
 
 
 def _histogram(checked: CheckedDataset) -> Iterator[str]:
@@ -198,7 +188,7 @@ def _histogram(checked: CheckedDataset) -> Iterator[str]:
         for value, count in pixels.items():
             k = scheme.id_to_class.get(value, -1 if value in scheme.void_ids else -2)
             shares[split][k] += count / total
-    heads = "".join(f"<th>{html.escape(split)}</th><th></th>" for split in checked.splits)
+    heads = "".join(f"<th>{escape(split)}</th><th></th>" for split in checked.splits)
     yield f"<p>Share of all pixels.</p><table><tr><th>class</th>{heads}</tr>"
     rows = [*enumerate(scheme.names), (-1, "(void)"), (-2, "(neither)")]
     for k, name in rows:
@@ -209,5 +199,5 @@ def _histogram(checked: CheckedDataset) -> Iterator[str]:
             share = shares[split][k]
             bar = f'<div class="bar" style="width:{8 * share:.3f}em"></div>'
             cells += f"<td>{share:.3%}</td><td>{bar}</td>"
-        yield f"<tr><td>{html.escape(name)}</td>{cells}</tr>"
+        yield f"<tr><td>{escape(name)}</td>{cells}</tr>"
     yield "</table>"
