@@ -119,8 +119,8 @@ class Checkpointer(DetectionCheckpointer):
         if not problems:
             return "", ""
         return "", (
-            f"no checkpoint to resume from: {'; '.join(problems)}. Put back a copy of one, or leave "
-            "out --resume to train anew."
+            f"no checkpoint to resume from: {'; '.join(problems)}. Put back a copy of one, or "
+            "leave out --resume to train anew."
         )
 
     def training_checkpoints(self) -> list[str]:
@@ -128,16 +128,25 @@ class Checkpointer(DetectionCheckpointer):
         paths = sorted(glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth")))
         return [path for path in paths if _TRAINING_CHECKPOINT.fullmatch(os.path.basename(path))]
 
-    def resume(self, path: str) -> None:
+    def resume(self, path: str) -> dict[str, Any]:
         """Takes up weights and state of a training.
 
         Args:
             path: found by `find_resumable`.
 
+        Returns:
+            Further entries of the file.
+
         Raises:
-            ValueError: the checkpoint is of another model, or holds weights alone.
+            ValueError: the checkpoint is of another model, holds weights alone, or is not to be
+                seen from this machine.
         """
-        self.load(path)
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"{path} is on the first machine and not on this one: give all machines of a job "
+                "the same train.output_dir, on a disk that they share."
+            )
+        rest = self.load(path)
         lacking = sorted(set(self.checkpointables) - self._entries)
         if lacking:
             raise ValueError(
@@ -150,15 +159,16 @@ class Checkpointer(DetectionCheckpointer):
                 f"there or have another shape, such as {self._unfit[0]}. Resume with the config "
                 "that the training began with."
             )
+        return rest
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         """Resumes from the newest whole checkpoint, or else loads weights, as detectron2's.
 
         Raises:
-            ValueError: as `find_resumable` and `load`.
+            ValueError: as `find_resumable`, `resume` and `load`.
         """
         last = self.find_resumable() if resume else ""
-        return self.load(last) if last else self.load(path, checkpointables=[])
+        return self.resume(last) if last else self.load(path, checkpointables=[])
 
     def _check_pickle(self, path: str) -> None:
         if not self._allow_pickle:

@@ -59,8 +59,8 @@ def stop_when_disk_is_full(path: str) -> Iterator[None]:
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
             raise DiskFullError(
-                f"{path} could not be written: {os.strerror(cause.errno)}. What was saved before is "
-                "whole: make room, then continue with --resume."
+                f"{path} could not be written: {os.strerror(cause.errno)}. What was saved before "
+                "is whole: make room, then continue with --resume."
             ) from error
         raise
 

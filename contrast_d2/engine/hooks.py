@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-from detectron2.engine import HookBase
+import torch
+from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ..segmentor import inference_state_dict
 from .checkpoint import Checkpointer
+from .files import stop_when_disk_is_full
+
+# Over so many values detectron2's writers take a scalar's median.
+_WINDOW = 20
+# What a clock says is not part of the state of a run.
+_TIMES = ("time", "data_time", "eta_seconds")
 
 logger = logging.getLogger(__name__)
 
@@ -25,12 +38,21 @@ class BestCheckpointer(HookBase):
         checkpointer: writes the file.
         metric: name under which the evaluation is stored, e.g. "sem_seg/mIoU"; larger is better.
         period: of the evaluation, in iterations; 0 for one at the end only.
+        evaluated: puts those weights into the model that were evaluated, where they are not its
+            own, for as long as the file is written.
     """
 
-    def __init__(self, checkpointer: Checkpointer, metric: str, period: int) -> None:
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        metric: str,
+        period: int,
+        evaluated: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._checkpointer = checkpointer
         self._metric = metric
         self._period = period
+        self._evaluated = evaluated
         self.best: float | None = None
 
     def after_step(self) -> None:
@@ -54,10 +76,138 @@ class BestCheckpointer(HookBase):
         if math.isfinite(value) and (self.best is None or value > self.best):
             self.best = value
             logger.info("Best %s so far: %.4f", self._metric, value)
-            self._checkpointer.save("model_best", is_last=False, iteration=iteration)
+            with self._evaluated():
+                self._checkpointer.save("model_best", is_last=False, iteration=iteration)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+
+class WeightAverage(HookBase):
+    """An exponential moving average of the weights, to be evaluated in their place.
+
+    After the first step it is a copy of the weights; after each further step
+    average <- decay * average + (1 - decay) * weights. Counters, such as those of batch norm, are
+    copied. It holds what a model has at test time: no memory bank, no projector.
+
+    Args:
+        model: whose weights are averaged.
+        decay: between 0 and 1, both excluded; the average spans about 1 / (1 - decay) iterations.
+
+    Raises:
+        ValueError: a decay out of range.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(
+                f"train.ema_decay={decay}: must lie between 0 and 1, or be None for no average."
+            )
+        self._model = model
+        self._update = get_ema_multi_avg_fn(decay)
+        self.average: dict[str, Tensor] = {}
+
+    def after_step(self) -> None:
+        weights = inference_state_dict(self._model)
+        if not self.average:
+            self.average = {name: x.clone() for name, x in weights.items()}
+            return
+        averaged = [name for name, x in weights.items() if x.is_floating_point()]
+        self._update([self.average[n] for n in averaged], [weights[n] for n in averaged], None)
+        for name in weights.keys() - set(averaged):
+            self.average[name].copy_(weights[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Has the average in the model as its weights, as long as the context is open."""
+        weights = inference_state_dict(self._model)  # shares their memory
+        own = {name: x.clone() for name, x in weights.items()}
+        _copy(self.average, weights)
+        try:
+            yield
+        finally:
+            _copy(own, weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"average": self.average}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        device = next(self._model.parameters()).device
+        self.average = {name: x.to(device) for name, x in state_dict["average"].items()}
+
+
+@torch.no_grad()
+def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+    for name, x in source.items():
+        target[name].copy_(x)
+
+
+class MetricsWriter(hooks.PeriodicWriter):
+    """detectron2's hook that writes metrics, whose rows after a resume are those of a whole run.
+
+    The rows are medians over the last iterations, and of what is not written in every iteration, as
+    the scores of an evaluation, some may wait for the next row: both are part of its state. To be
+    registered before the hook that writes checkpoints, so that the rows up to a checkpoint are on
+    disk when it is.
+
+    Args:
+        build_writers: opens the writers of the metrics, when the training begins.
+        period: in iterations.
+        output_dir: folder that the writers write to, for messages.
+    """
+
+    def __init__(
+        self, build_writers: Callable[[], Sequence[EventWriter]], period: int, output_dir: str
+    ) -> None:
+        super().__init__([], period)
+        self._build_writers = build_writers
+        self._output_dir = output_dir
+        self._written = -1
+        self._resumed: dict[str, Any] = {}
+
+    def before_train(self) -> None:
+        """Fills the storage, which begins empty, with what the state held."""
+        with stop_when_disk_is_full(self._output_dir):
+            self._writers = list(self._build_writers())
+        storage = self.trainer.storage
+        for name, rows in self._resumed.get("histories", {}).items():
+            for value, iteration in rows:
+                storage.histories()[name].update(value, iteration)
+        for name, (value, iteration, smooth) in self._resumed.get("waiting", {}).items():
+            storage.iter = iteration
+            storage.put_scalar(name, value, smoothing_hint=smooth)
+        storage.iter = self.trainer.iter
+
+    def after_step(self) -> None:
+        with stop_when_disk_is_full(self._output_dir):
+            super().after_step()
+        done = self.trainer.iter + 1
+        if done % self._period == 0 or done == self.trainer.max_iter:
+            self._written = self.trainer.iter
+
+    def after_train(self) -> None:
+        with stop_when_disk_is_full(self._output_dir):
+            super().after_train()
+
+    def state_dict(self) -> dict[str, Any]:
+        storage = self.trainer.storage
+        hints = storage.smoothing_hints()
+        waiting = {
+            name: (value, iteration, hints[name])
+            for name, (value, iteration) in storage.latest().items()
+            if iteration > self._written and name not in _TIMES
+        }
+        histories = {}
+        for name, history in storage.histories().items():
+            if name not in _TIMES:
+                # The last value of what waits is put into the storage anew, not into its history.
+                rows = history.values()[-_WINDOW:]
+                histories[name] = rows[:-1] if name in waiting else rows
+        return {"written": self._written, "histories": histories, "waiting": waiting}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._written = state_dict["written"]
+        self._resumed = state_dict

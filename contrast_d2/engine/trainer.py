@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
-from detectron2.engine import TrainerBase
+from detectron2.engine import TrainerBase, hooks
 from detectron2.utils import comm
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -87,7 +88,20 @@ class Trainer(TrainerBase):
         # Out of detectron2's loop, which logs a traceback for what goes wrong in it: data that
         # cannot be loaded are the user's to mend.
         self._batches = iter(self._build_loader(start_iter))
-        super().train(start_iter, max_iter)
+        loop_logger = logging.getLogger(TrainerBase.__module__)
+        loop_logger.addFilter(_tells_a_defect)
+        try:
+            super().train(start_iter, max_iter)
+        finally:
+            loop_logger.removeFilter(_tells_a_defect)
+
+    def after_train(self) -> None:
+        """Runs the hooks' ends; after a failure without the evaluation of the last iteration."""
+        if self.iter < self.max_iter:
+            self._hooks = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
+        # A resumed run with no step left would count one beyond its last.
+        self.iter = min(self.iter, self.max_iter)
+        super().after_train()
 
     def run_step(self) -> None:
         """One optimizer step."""
@@ -226,16 +240,27 @@ class Trainer(TrainerBase):
         """Takes up the state of another run.
 
         Raises:
-            ValueError: the run had another seed.
+            ValueError: the run had another seed, or had a loss scaler where this one has none.
         """
         if state_dict["seed"] != self.seed:
             raise ValueError(
                 f"train.seed={self.seed}, but the run to resume has seed {state_dict['seed']}: "
                 "resume with that one."
             )
+        if bool(state_dict["scaler"]) != self._scaler.is_enabled():
+            raise ValueError(
+                f"the run to resume was trained {'with' if state_dict['scaler'] else 'without'} "
+                "train.precision=fp16, whose loss scaler is part of its state: resume so."
+            )
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self._scaler.load_state_dict(state_dict["scaler"])
+
+
+def _tells_a_defect(record: logging.LogRecord) -> bool:
+    """Whether to log it: not the traceback of what the user is told in one line afterwards."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, (ValueError, NonFiniteLossError))
 
 
 def _table(rows: list[dict[str, Tensor]]) -> Tensor:
