@@ -32,9 +32,10 @@ def cross_entropy(
         0-dim fp32 (or fp64) tensor, connected to the graph.
     """
     weight = None if weight is None else weight.to(logits.dtype)
+    # Summed apart: on GPUs torch's own sum has no deterministic algorithm.
     total = F.cross_entropy(
-        logits, labels, weight=weight, ignore_index=ignore_label, reduction="sum"
-    )
+        logits, labels, weight=weight, ignore_index=ignore_label, reduction="none"
+    ).sum()
     valid = labels != ignore_label
     if weight is None:
         return total / valid.sum().clamp(min=1)

@@ -92,6 +92,7 @@ def _train(cfg: CfgNode) -> dict[str, Any]:
         "clip_norm": clip.CLIP_VALUE if clip.ENABLED else None,
         "sync_bn": cfg.MODEL.SYNC_BN,
         "cudnn_benchmark": cfg.CUDNN_BENCHMARK,
+        "deterministic": cfg.DETERMINISTIC,
         "checkpoint_period": cfg.SOLVER.CHECKPOINT_PERIOD,
         "checkpoints_to_keep": cfg.SOLVER.CHECKPOINTS_TO_KEEP,
         "eval_period": cfg.TEST.EVAL_PERIOD,

@@ -109,6 +109,7 @@ def add_contrast_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.PRECISION = "fp16"  # or "bf16"
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 2
     cfg.LOG_PERIOD = 20
+    cfg.DETERMINISTIC = False  # the same bits whenever a run is repeated
     cfg.TEST.BEST_METRIC = "sem_seg/mIoU"  # model_best.pth is chosen by it
     cfg.TEST.NUM_WORKERS = 2
     cfg.TEST.INFERENCE = section_of(InferenceProtocol, ("pad_value",))
