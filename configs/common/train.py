@@ -15,8 +15,13 @@ train = dict(
     accumulation_steps=1,
     # Largest norm of the gradient; None for no clipping.
     clip_norm=None,
+    # Moving average of the weights, to be evaluated and left as the best and the final weights in
+    # their place, e.g. 0.999, which spans about 1,000 iterations; None for none.
+    ema_decay=None,
     # Batch norm statistics over all GPUs.
     sync_bn=True,
+    # The longest that a process waits for another one before the job is given up.
+    timeout_minutes=30,
     cudnn_benchmark=True,
     # The same bits whenever a run is repeated on a machine, at some cost in time on GPUs. An
     # operation without a deterministic algorithm then raises an error.

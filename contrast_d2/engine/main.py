@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from detectron2.engine import create_ddp_model, default_writers, hooks
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
 from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.events import EventWriter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig
@@ -28,10 +30,11 @@ from torch import nn
 from ..data.datasets import check_registered
 from ..evaluation import InferenceProtocol
 from ..segmentor import inference_state_dict
-from .checkpoint import Checkpointer, write_atomically
+from .checkpoint import Checkpointer
 from .config import import_modules, load_config
 from .determinism import compute_deterministically
-from .hooks import BestCheckpointer
+from .files import keep_metrics_until, stop_when_disk_is_full, write_atomically
+from .hooks import BestCheckpointer, MetricsWriter, WeightAverage
 from .record import record_run
 from .trainer import Batch, NonFiniteLossError, Trainer
 
@@ -71,6 +74,8 @@ def set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
             raise ValueError(f"train.output_dir={output_dir} cannot be made: {error}.") from error
     comm.synchronize()
     rank = comm.get_rank()
+    # Lines that do not fit on a full disk are lost; their tracebacks would hide the error's own.
+    logging.raiseExceptions = False
     setup_logger(output_dir, distributed_rank=rank, name="fvcore")
     setup_logger(output_dir, distributed_rank=rank, name="contrast_d2", abbrev_name="c_d2")
     setup_logger(output_dir, distributed_rank=rank)
@@ -84,7 +89,8 @@ def set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
     # An evaluation may have other settings than the training whose folder it is in.
     if comm.is_main_process() and not args.eval_only:
         path = os.path.join(output_dir, "config.yaml")
-        LazyConfig.save(cfg, path)
+        with stop_when_disk_is_full(path):
+            LazyConfig.save(cfg, path)
         logger.info("Config saved to %s", path)
     torch.manual_seed(max(cfg.train.seed, 0))
     torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark and not args.eval_only
@@ -170,48 +176,58 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     checkpointer = Checkpointer(
         model, options.output_dir, allow_pickle=options.allow_pickle, trainer=trainer
     )
-    resumed = resume and checkpointer.has_checkpoint()
-    if not resumed:
-        checkpointer.check_file(options.init_checkpoint)
+    last = checkpointer.find_resumable() if resume else ""
+    if not last:
+        checkpointer.load(options.init_checkpoint, checkpointables=[])
     is_main = comm.is_main_process()
     if is_main:
-        _tidy(options.output_dir, resumed)
-        if not resumed:
-            record_run(options.output_dir)
+        _remove_half_written(options.output_dir)
+        if not last:
+            _put_earlier_run_aside(checkpointer)
+            with stop_when_disk_is_full(options.output_dir):
+                record_run(options.output_dir)
+    decay = options.get("ema_decay")  # which no yaml config has
+    average = None if decay is None else WeightAverage(model, decay)
+    evaluated = nullcontext if average is None else average.applied
     results: dict[str, Any] = {}
 
     def evaluate_now() -> dict[str, Any]:
-        results.update(evaluate(model))
+        with evaluated():
+            results.update(evaluate(model))
         return results
 
     periodic = hooks.PeriodicCheckpointer(
         checkpointer, options.checkpoint_period, max_to_keep=options.checkpoints_to_keep
     )
-    # The order matters to a killed run: a checkpoint is written once the evaluation and the choice
-    # of the best at its iteration are done, so that what follows it has not happened yet.
+
+    # The order matters to a killed run: a checkpoint is written once the evaluation, the choice of
+    # the best and the metrics of its iteration are done, so that what follows it has not happened.
+    def build_writers() -> list[EventWriter]:
+        return default_writers(options.output_dir, options.max_iter) if is_main else []
+
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            average,
             hooks.EvalHook(options.eval_period, evaluate_now),
-            BestCheckpointer(checkpointer, options.best_metric, options.eval_period),
+            BestCheckpointer(checkpointer, options.best_metric, options.eval_period, evaluated),
+            MetricsWriter(build_writers, options.log_period, options.output_dir),
             periodic if is_main else None,
-            hooks.PeriodicWriter(
-                default_writers(options.output_dir, options.max_iter), period=options.log_period
-            )
-            if is_main
-            else None,
         ]
     )
-    checkpointer.resume_or_load(options.init_checkpoint, resume=resume)
-    if resumed:
-        periodic.recent_checkpoints = _checkpoints_until(trainer.iter, options.output_dir)
+    if last:
+        checkpointer.resume(last)
+        if is_main:
+            keep_metrics_until(os.path.join(options.output_dir, "metrics.json"), trainer.iter)
+        periodic.recent_checkpoints = _checkpoints_until(trainer.iter, checkpointer)
     comm.synchronize()
-    trainer.train(trainer.iter + 1 if resumed else 0, options.max_iter)
+    trainer.train(trainer.iter + 1 if last else 0, options.max_iter)
     if is_main:
         path = os.path.join(options.output_dir, "model_inference.pth")
-        state = {"model": inference_state_dict(model)}
-        write_atomically(path, lambda file: torch.save(state, file))
+        with evaluated():
+            state = {"model": inference_state_dict(model)}
+            write_atomically(path, lambda file: torch.save(state, file))
         logger.info("Weights without the contrast method: %s", path)
     return results
 
@@ -276,25 +292,30 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     return evaluate(model)
 
 
-def _tidy(output_dir: str, resumed: bool) -> None:
-    """Removes what a killed run left half-written, and keeps an earlier run's metrics apart."""
+def _remove_half_written(output_dir: str) -> None:
+    """Removes what a killed run left under temporary names."""
     for path in glob.glob(os.path.join(glob.escape(output_dir), "*.tmp")):
         os.unlink(path)
-    metrics = os.path.join(output_dir, "metrics.json")
-    if not resumed and os.path.exists(metrics):
-        os.replace(metrics, metrics + ".old")
-        logger.warning("%s is of an earlier run and now ends in .old", metrics)
 
 
-def _checkpoints_until(iteration: int, output_dir: str) -> list[str]:
+def _put_earlier_run_aside(checkpointer: Checkpointer) -> None:
+    """Renames what another run has left in the folder, for a `--resume` not to continue that one.
+
+    `model_best.pth` and `model_inference.pth` stay until the new run writes its own.
+    """
+    names = [os.path.join(checkpointer.save_dir, n) for n in ("metrics.json", "last_checkpoint")]
+    paths = [*filter(os.path.exists, names), *checkpointer.training_checkpoints()]
+    for path in paths:
+        os.replace(path, path + ".old")
+    if paths:
+        logger.warning("of an earlier run, and now ending in .old: %s", ", ".join(paths))
+
+
+def _checkpoints_until(iteration: int, checkpointer: Checkpointer) -> list[str]:
     """The run's periodic checkpoints, oldest first: `checkpoints_to_keep` counts them on a resume.
 
     Later ones, which a kill can leave before they are named as the last, will be written again.
     """
-    numbered = re.compile(r"model_(\d{7})\.pth")
-    names = [name for name in sorted(os.listdir(output_dir)) if numbered.fullmatch(name)]
-    return [
-        os.path.join(output_dir, name)
-        for name in names
-        if int(numbered.fullmatch(name)[1]) <= iteration
-    ]
+    numbered = re.compile(r".*model_(\d{7})\.pth")
+    matches = map(numbered.fullmatch, checkpointer.training_checkpoints())
+    return [match[0] for match in matches if match and int(match[1]) <= iteration]
