@@ -308,14 +308,15 @@ def run() -> None:
     if options.points < 1:
         parser.error(f"--points {options.points}: needs at least 1")
     torch.set_num_threads(1)
-    report = {**note(torch.device("cpu")), "seed": options.seed, "cases": {}}
+    head = {**note(torch.device("cpu")), "seed": options.seed, "points": options.points}
+    results = {}
     with tempfile.TemporaryDirectory() as scratch:
         for i, name in enumerate(options.cases):
             folder = Path(scratch, str(i))
             folder.mkdir()
             rng = random.Random(f"{options.seed} {name}")
             result = disturb(CASES[name], options.points, rng, folder)
-            report["cases"][name] = result
+            results[name] = result
             print(
                 f"{name}: {len(result['kills'])} kills in {result['runs']} runs, "
                 f"{len(result['differences'])} differences, {len(result['failures'])} failures",
@@ -326,9 +327,11 @@ def run() -> None:
             if result["failures"]:
                 print(_last_lines(folder), flush=True)
     if options.output:
-        options.output.write_text(json.dumps(report, indent=2) + "\n")
-    results = report["cases"].values()
-    sys.exit(any(result["differences"] or result["failures"] for result in results))
+        # Cases may be run one by one: those of before stay.
+        known = json.loads(options.output.read_text()) if options.output.exists() else {}
+        known |= {name: {**head, **result} for name, result in results.items()}
+        options.output.write_text(json.dumps(known, indent=2) + "\n")
+    sys.exit(any(result["differences"] or result["failures"] for result in results.values()))
 
 
 def _last_lines(folder: Path) -> str:
