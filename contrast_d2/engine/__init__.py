@@ -2,6 +2,7 @@
 
 from .checkpoint import Checkpointer
 from .config import argument_parser, import_modules, load_config
+from .failures import ProcessFailedError
 from .hooks import BestCheckpointer
 from .launch import launch
 from .main import main
@@ -11,6 +12,7 @@ __all__ = [
     "BestCheckpointer",
     "Checkpointer",
     "NonFiniteLossError",
+    "ProcessFailedError",
     "Trainer",
     "argument_parser",
     "import_modules",

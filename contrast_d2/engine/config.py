@@ -30,6 +30,8 @@ from ..yacs import add_contrast_config, tree_from_yacs
 def argument_parser() -> argparse.ArgumentParser:
     """detectron2's arguments of a training program, and `--import`."""
     parser = default_argument_parser()
+    # detectron2's own default is a port of the user's, on which only one job of his can run.
+    parser.set_defaults(dist_url="auto")
     parser.add_argument(
         "--import",
         dest="imports",
