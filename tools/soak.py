@@ -1,9 +1,11 @@
 #!/usr/bin/env python
-"""Watch what long training takes, and whether it grows.
+"""Watch what long training, long evaluation and a huge dataset take, and whether it grows.
 
 Usage:
     python tools/soak.py training configs/camvid/semfpn_r18_{base,ms_cs}_cpu.py \\
         --output results/reliability_soak.json
+    python tools/soak.py evaluation --output results/reliability_evaluation.json
+    python tools/soak.py dataset --output results/reliability_million.json
 
 Linux only: memory and handles are read from /proc.
 """
@@ -23,7 +25,7 @@ from typing import Any
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
 # ruff: noqa: E402
-from bench import soak
+from bench import huge, soak
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_training(commands)
+    _add_evaluation(commands)
+    _add_dataset(commands)
     options = parser.parse_args(arguments)
     try:
         if not Path("/proc/self/smaps_rollup").exists():
@@ -64,6 +68,22 @@ def _add_training(commands: Any) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a picture of the samples")
 
 
+def _add_evaluation(commands: Any) -> None:
+    parser = commands.add_parser("evaluation", help="evaluate many images")
+    parser.set_defaults(run=_evaluation)
+    parser.add_argument("--images", type=int, default=2000, help="how many (default 2000)")
+    parser.add_argument("--workers", type=int, default=2, help="of the loader (default 2)")
+    _add_output(parser)
+
+
+def _add_dataset(commands: Any) -> None:
+    parser = commands.add_parser("dataset", help="list, sample and resume a huge dataset")
+    parser.set_defaults(run=_dataset)
+    parser.add_argument("--entries", type=int, default=1_000_000, help="(default 1,000,000)")
+    parser.add_argument("--classes", type=int, default=150, help="of the dataset (default 150)")
+    _add_output(parser)
+
+
 def _add_output(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE", help="the results as JSON")
 
@@ -76,6 +96,17 @@ def _training(options: argparse.Namespace) -> int:
     if options.plot is not None:
         soak.plot(results).savefig(options.plot)
     return 2 if any(run["not_flat"] for run in results["runs"].values()) else 0
+
+
+def _evaluation(options: argparse.Namespace) -> int:
+    results = huge.measure_evaluation(options.images, options.workers, _say)
+    _write(results, options.output)
+    return 2 if results["not_flat"] else 0
+
+
+def _dataset(options: argparse.Namespace) -> int:
+    _write(huge.measure_dataset(options.entries, options.classes, _say), options.output)
+    return 0
 
 
 def _say(line: str) -> None:

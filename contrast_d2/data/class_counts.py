@@ -9,6 +9,7 @@ N: number of images. K: number of classes.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import time
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 # Threads are enough, since the decoder of images lets others run.
 _MAX_THREADS = 8
+# Files that wait for a thread at a time; each that waits takes kilobytes.
+_QUEUED = 4096
 _SECONDS_BETWEEN_REPORTS = 10.0
 
 
@@ -105,7 +108,9 @@ def _read_counts(paths: Sequence[str], label_map: LabelMap) -> np.ndarray:
     counts = np.empty((len(paths), label_map.num_classes), dtype=np.int64)
     start = reported = time.monotonic()
     with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:
-        for index, in_image in enumerate(pool.map(count, paths)):
+        parts = (paths[i : i + _QUEUED] for i in range(0, len(paths), _QUEUED))
+        found = itertools.chain.from_iterable(pool.map(count, part) for part in parts)
+        for index, in_image in enumerate(found):
             counts[index] = in_image
             if time.monotonic() - reported > _SECONDS_BETWEEN_REPORTS:
                 reported = time.monotonic()

@@ -57,10 +57,16 @@ class ResumableTrainingSampler(Sampler):
             raise ValueError(f"rank must lie in 0..{self.world_size - 1}, got {self.rank}")
         if repeat_factors is not None:
             repeat_factors = np.asarray(repeat_factors, dtype=np.float64)
-            if repeat_factors.shape != (size,) or not (repeat_factors >= 1).all():
+            if repeat_factors.shape != (size,):
                 raise ValueError(
-                    f"repeat_factors must be {size} numbers of 1 or more, one per sample, got "
-                    f"{repeat_factors.tolist()}"
+                    f"repeat_factors must be {size} numbers, one per sample, got shape "
+                    f"{repeat_factors.shape}"
+                )
+            if not (repeat_factors >= 1).all():
+                first = int(np.argmin(repeat_factors >= 1))
+                raise ValueError(
+                    "repeat_factors must be numbers of 1 or more, got "
+                    f"{repeat_factors[first]} for sample {first}"
                 )
         self.size = size
         self.seed = seed
@@ -70,13 +76,10 @@ class ResumableTrainingSampler(Sampler):
 
     def epoch_indices(self, epoch: int) -> list[int]:
         """The dataset indices of one epoch, in order. With repeat factors epochs vary in length."""
-        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        generator = self._generator(epoch)
         indices = np.arange(self.size)
         if self.repeat_factors is not None:
-            whole = np.floor(self.repeat_factors)
-            chance = torch.rand(self.size, generator=generator, dtype=torch.float64).numpy()
-            more = chance < self.repeat_factors - whole
-            indices = np.repeat(indices, (whole + more).astype(np.int64))
+            indices = np.repeat(indices, self._repeats(generator))
         if self.shuffle:
             indices = indices[torch.randperm(len(indices), generator=generator).numpy()]
         return indices.tolist()
@@ -87,12 +90,34 @@ class ResumableTrainingSampler(Sampler):
 
     def _stream(self) -> Iterator[tuple[int, int]]:
         """The global stream from ``start`` on."""
-        first = 0  # position of the epoch's first sample
-        for epoch in itertools.count():
+        start_epoch, first = self._start_epoch()
+        for epoch in itertools.count(start_epoch):
             indices = self.epoch_indices(epoch)
             for offset in range(max(0, self.start - first), len(indices)):
                 yield first + offset, indices[offset]
             first += len(indices)
+
+    def _start_epoch(self) -> tuple[int, int]:
+        """The epoch that holds ``start``, and the position of its first sample.
+
+        The order of earlier epochs is not drawn: a run of many epochs resumes at once.
+        """
+        if self.repeat_factors is None:
+            epoch = self.start // self.size
+            return epoch, epoch * self.size
+        epoch, first = 0, 0
+        while self.start >= (end := first + int(self._repeats(self._generator(epoch)).sum())):
+            epoch, first = epoch + 1, end
+        return epoch, first
+
+    def _generator(self, epoch: int) -> torch.Generator:
+        return torch.Generator().manual_seed(_mix(self.seed, epoch))
+
+    def _repeats(self, generator: torch.Generator) -> np.ndarray:
+        """(size,) int64, how often an epoch holds each sample; the epoch's first random numbers."""
+        whole = np.floor(self.repeat_factors)
+        chance = torch.rand(self.size, generator=generator, dtype=torch.float64).numpy()
+        return (whole + (chance < self.repeat_factors - whole)).astype(np.int64)
 
 
 @contextmanager
