@@ -98,7 +98,9 @@ class Checkpointer(DetectionCheckpointer):
     def _newest_whole(self) -> tuple[str, str]:
         """The path to resume from, "" if there is none; and why none will do, "" if one does."""
         last = os.path.join(self.save_dir, "last_checkpoint")
-        candidates = sorted(self.training_checkpoints(), key=os.path.getmtime, reverse=True)
+        candidates = sorted(
+            self.training_checkpoints(), key=lambda p: (os.path.getmtime(p), p), reverse=True
+        )
         problems = []
         if os.path.exists(last):
             named = _read_name(last)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..segmentor import inference_state_dict
 from .checkpoint import Checkpointer
-from .files import stop_when_disk_is_full
+from .files import keep_metrics_until, stop_when_disk_is_full
 
 # Over so many values detectron2's writers take a scalar's median.
 _WINDOW = 20
@@ -171,6 +172,8 @@ class MetricsWriter(hooks.PeriodicWriter):
     def before_train(self) -> None:
         """Fills the storage, which begins empty, with what the state held."""
         with stop_when_disk_is_full(self._output_dir):
+            if self._resumed and comm.is_main_process():
+                keep_metrics_until(os.path.join(self._output_dir, "metrics.json"), self._written)
             self._writers = list(self._build_writers())
         storage = self.trainer.storage
         for name, rows in self._resumed.get("histories", {}).items():

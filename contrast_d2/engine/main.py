@@ -33,7 +33,7 @@ from ..segmentor import inference_state_dict
 from .checkpoint import Checkpointer
 from .config import import_modules, load_config
 from .determinism import compute_deterministically
-from .files import keep_metrics_until, stop_when_disk_is_full, write_atomically
+from .files import stop_when_disk_is_full, write_atomically
 from .hooks import BestCheckpointer, MetricsWriter, WeightAverage
 from .record import record_run
 from .trainer import Batch, NonFiniteLossError, Trainer
@@ -218,8 +218,6 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     )
     if last:
         checkpointer.resume(last)
-        if is_main:
-            keep_metrics_until(os.path.join(options.output_dir, "metrics.json"), trainer.iter)
         periodic.recent_checkpoints = _checkpoints_until(trainer.iter, checkpointer)
     comm.synchronize()
     trainer.train(trainer.iter + 1 if last else 0, options.max_iter)

@@ -2,38 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
+import random
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from detectron2.engine import TrainerBase, hooks
+from detectron2.utils import comm
 from torch import nn
 
 from contrast_d2.decoders import FCNDecoder
 from contrast_d2.engine import BestCheckpointer, Checkpointer
-from contrast_d2.engine.checkpoint import write_atomically
+from contrast_d2.engine.files import damage_of
 from contrast_d2.losses import CrossEntropyLoss, SegLoss
 from contrast_d2.segmentor import ContrastiveSegmentor
 
 from ..backbones.rows import detectron2_resnet18
-
-
-def test_a_failed_write_leaves_the_file_of_before(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def fail(file) -> None:
-        file.write(b"half of the new")
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        write_atomically(str(path), fail)
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
+from ..helpers import run_processes
 
 
 def test_save_names_the_last_checkpoint_only_when_told(tmp_path: Path) -> None:
@@ -46,6 +38,154 @@ def test_save_names_the_last_checkpoint_only_when_told(tmp_path: Path) -> None:
     extra = Checkpointer(other, str(tmp_path)).load(checkpointer.get_checkpoint_file())
     assert torch.equal(other.weight, model.weight)
     assert extra["iteration"] == 4
+
+
+# --- What a folder can look like when a run is resumed in it.
+
+
+class Iteration:
+    """A state of a training that is one number."""
+
+    def __init__(self, value: int = -1) -> None:
+        self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.value = state_dict["value"]
+
+
+def checkpointer_of(folder: Path) -> Checkpointer:
+    checkpointer = Checkpointer(nn.Linear(40, 40), str(folder), trainer=Iteration())
+    # Not the one of fvcore, which some tests detach from the root.
+    checkpointer.logger = logging.getLogger("tests.checkpointer")
+    return checkpointer
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Of a run with checkpoints of iterations 1, 3 and 5, and that of its best one."""
+    checkpointer = checkpointer_of(tmp_path)
+    for iteration in (1, 3, 5):
+        checkpointer.checkpointables["trainer"].value = iteration
+        checkpointer.save(f"model_{iteration:07d}")
+        os.utime(tmp_path / f"model_{iteration:07d}.pth", (iteration, iteration))
+    checkpointer.save("model_best", is_last=False)
+    return tmp_path
+
+
+def cut(path: Path, size: int) -> None:
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1 << bit
+    path.write_bytes(content)
+
+
+NEWEST = "model_0000005.pth"
+TAG = "last_checkpoint"
+DAMAGE: dict[str, tuple[Callable[[Path], Any], int, str]] = {
+    "none": (lambda f: None, 5, ""),
+    "a file under a temporary name": (lambda f: (f / f"{NEWEST}.9.tmp").write_bytes(b"x"), 5, ""),
+    "the last is missing": (lambda f: (f / NEWEST).unlink(), 3, "there is no such file"),
+    "the last is empty": (lambda f: cut(f / NEWEST, 0), 3, "it is empty"),
+    "one byte": (lambda f: cut(f / NEWEST, 1), 3, "it is cut short or damaged"),
+    "half": (lambda f: cut(f / NEWEST, 4000), 3, "it is cut short or damaged"),
+    "all but a byte": (lambda f: cut(f / NEWEST, -1), 3, "it is cut short or damaged"),
+    "a bit of a weight": (lambda f: flip(f / NEWEST, 4000), 3, "fails its checksum"),
+    "no name of the last": (lambda f: (f / TAG).unlink(), 5, f"{TAG} is missing"),
+    "an empty name": (lambda f: (f / TAG).write_text(""), 5, f"{TAG} is empty"),
+    "a torn name": (lambda f: (f / TAG).write_text("model_00"), 5, "model_00 cannot be used"),
+    "bytes for a name": (lambda f: (f / TAG).write_bytes(b"\xff\0\xfe"), 5, "cannot be used"),
+    "two of three": (
+        lambda f: (cut(f / NEWEST, 100), flip(f / "model_0000003.pth", 4000)),
+        1,
+        "model_0000003.pth cannot be used",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_newest_whole_checkpoint_is_resumed_from(
+    damage: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    do, expected, said = DAMAGE[damage]
+    do(folder)
+    checkpointer = checkpointer_of(folder)
+    checkpointer.resume_or_load("", resume=True)
+    assert checkpointer.checkpointables["trainer"].value == expected
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == bool(said)
+    if said:  # names both
+        assert said in warnings[0]
+        assert f"resuming from {folder / f'model_{expected:07d}.pth'} instead" in warnings[0]
+
+
+def test_damage_to_all_checkpoints_is_no_new_start(folder: Path) -> None:
+    for name in (NEWEST, "model_0000003.pth", "model_0000001.pth"):
+        cut(folder / name, 2000)
+    with pytest.raises(ValueError, match="no checkpoint to resume from: .*000001.pth.*--resume"):
+        checkpointer_of(folder).find_resumable()
+    for path in folder.glob("model_0*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=f"{NEWEST} cannot be used, there is no such file"):
+        checkpointer_of(folder).find_resumable()
+    (folder / TAG).unlink()  # no training got as far as a checkpoint
+    assert checkpointer_of(folder).find_resumable() == ""
+
+
+def test_a_flipped_bit_is_found_or_does_nothing(folder: Path) -> None:
+    path = folder / NEWEST
+    content = path.read_bytes()
+    whole = torch.load(path)
+    rng = random.Random(0)
+    found = 0
+    for _ in range(200):
+        flip(path, rng.randrange(len(content)), rng.randrange(8))
+        if damage_of(str(path)):
+            found += 1
+        else:
+            state = torch.load(path)
+            assert all(torch.equal(x, whole["model"][n]) for n, x in state["model"].items())
+            assert state["trainer"] == whole["trainer"]
+        path.write_bytes(content)
+    assert found > 150  # the others are in padding between the parts
+
+
+def test_what_is_no_state_of_this_training_is_not_resumed_from(folder: Path) -> None:
+    torch.save({"model": nn.Linear(40, 40).state_dict()}, folder / NEWEST)
+    with pytest.raises(ValueError, match="000005.pth holds weights alone, without trainer"):
+        checkpointer_of(folder).resume_or_load("", resume=True)
+    (folder / TAG).write_text("model_0000003.pth")
+    other = Checkpointer(nn.Linear(40, 30), str(folder), trainer=Iteration())
+    other.model.register_buffer("shared", torch.zeros(1))
+    checkpointer_of(folder).save("model_0000003")
+    with pytest.raises(ValueError, match="holds none of the model's|does not fit the model"):
+        other.resume_or_load("", resume=True)
+
+
+def found_by_all(folder: str) -> tuple[str, str]:
+    """On two machines of which the second has an empty folder: before and after all is damaged."""
+    here = folder if comm.is_main_process() else f"{folder}/elsewhere"
+    found = Checkpointer(nn.Linear(40, 40), here).find_resumable()
+    comm.synchronize()
+    if comm.is_main_process():
+        for path in Path(folder).glob("model_0*"):
+            cut(path, 10)
+    try:
+        Checkpointer(nn.Linear(40, 40), here).find_resumable()
+    except ValueError as error:
+        return found, str(error)
+    return found, ""
+
+
+def test_all_processes_resume_from_what_the_main_one_finds(folder: Path) -> None:
+    answers = run_processes(found_by_all, 2, str(folder))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == str(folder / NEWEST) and "no checkpoint to resume" in answers[0][1]
 
 
 # --- detectron2's weights of its own ResNet, pickles of arrays.
