@@ -147,4 +147,4 @@ def sample_rng(seed: int, position: int) -> Iterator[None]:
 
 def _mix(seed: int, number: int) -> int:
     """Hashes two integers to 63 bits, so that neighbouring seeds share no samples."""
-    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0]) >> 1
