@@ -47,6 +47,19 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def averaged_weights(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The moving average of the weights that a training's checkpoint holds beside them.
+
+    Args:
+        checkpoint: what `read_weights` gives of it.
+
+    Returns:
+        Those weights by name that the model has at test time; none if the training averaged none.
+    """
+    hooks = checkpoint.get("trainer", {}).get("hooks", {})
+    return hooks.get("WeightAverage", {}).get("average", {})
+
+
 def _reason(path: str, error: Exception) -> str:
     if os.path.getsize(path) == 0:
         return "it is empty"

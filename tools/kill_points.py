@@ -5,10 +5,11 @@ python tools/kill_points.py [--points 20] [--seed 0] [--cases ms_cs ...]
     [--output results/reliability_resume.json]
 
 Each case is trained once without disturbance, and then as a run that is killed with SIGKILL and
-continued with --resume again and again: its whole process group at a random time of the training
-loop (`time`) or at a random byte of a checkpoint's file (`write`), or one process of two alone
-(`rank`). A run that ends before all points are used is followed by another one. The weights, the
-state of the training and every row of metrics.json have to be equal bit for bit, times aside.
+continued with --resume again and again, at iterations drawn over its whole length: its process
+group at a random time within the iteration and what follows it (`time`) or at a random byte of the
+checkpoint after it (`write`), or one process of two alone (`rank`). A run that ends before all
+points are used is followed by another one. The weights, the state of the training and every row of
+metrics.json have to be equal bit for bit, times aside.
 Exits with 1 where they are not, or where a killed run does not resume.
 """
 
@@ -39,6 +40,7 @@ from detectron2.utils import comm  # noqa: E402
 
 from contrast_d2.engine import Trainer, argument_parser, files, launch, main  # noqa: E402
 
+_ITERATIONS = 40
 # The job with all its parts, on a network of 0.4 M weights: a start takes seconds.
 _SMALL = [
     "model.backbone.name=test_resnet",
@@ -49,7 +51,7 @@ _SMALL = [
     "dataloader.train.total_batch_size=4",
     "dataloader.test.num_workers=0",
     "train.clip_norm=5.0",
-    "train.max_iter=40",
+    f"train.max_iter={_ITERATIONS}",
     "train.checkpoint_period=2",
     "train.eval_period=10",
     "train.log_period=3",
@@ -92,29 +94,40 @@ class Death(NamedTuple):
     """When a training is killed.
 
     kind: "time", "write" or "rank".
-    at: seconds after the training loop began; for "write", bytes of checkpoints written.
+    iteration: from its beginning on.
+    after: seconds after that; for "write", bytes of checkpoints written since then.
     rank: the process that kills, and for "rank" dies alone.
     """
 
     kind: str
-    at: float
+    iteration: int
+    after: float
     rank: int
+
+    def strike(self) -> None:
+        """Kills."""
+        if self.kind == "rank":
+            os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            os.killpg(0, signal.SIGKILL)
 
 
 class DyingFile:
     """A file that ends its process group once so many bytes went into it and those before it."""
 
-    def __init__(self, file: IO[bytes], budget: list[float]) -> None:
+    def __init__(self, file: IO[bytes], death: Death, written: list[int]) -> None:
         self._file = file
-        self._budget = budget
+        self._death = death
+        self._written = written
 
     def write(self, data: bytes) -> int:
-        size = memoryview(data).nbytes
-        if self._budget[0] < size:
-            self._file.write(memoryview(data).cast("B")[: int(self._budget[0])])
+        content = memoryview(data).cast("B")
+        left = int(self._death.after) - self._written[0]
+        if left < len(content):
+            self._file.write(content[:left])
             self._file.flush()
-            os.killpg(0, signal.SIGKILL)
-        self._budget[0] -= size
+            self._death.strike()
+        self._written[0] += len(content)
         return self._file.write(data)
 
     def __enter__(self) -> DyingFile:
@@ -135,30 +148,34 @@ def train(args: argparse.Namespace, death: Death | None, clock: str) -> None:
         death: when; None to train to the end.
         clock: file for the seconds that the training loop took.
     """
-    plain = Trainer.train
+    plain_train, plain_step = Trainer.train, Trainer.run_step
 
     def timed(trainer: Trainer, start_iter: int, max_iter: int) -> None:
-        if death and death.kind != "write" and death.rank == comm.get_rank():
-            if death.kind == "rank":
-                timer = threading.Timer(death.at, os.kill, (os.getpid(), signal.SIGKILL))
-            else:
-                timer = threading.Timer(death.at, os.killpg, (0, signal.SIGKILL))
-            timer.daemon = True
-            timer.start()
         start = time.perf_counter()
-        plain(trainer, start_iter, max_iter)
+        plain_train(trainer, start_iter, max_iter)
         if comm.is_main_process():
             Path(clock).write_text(str(time.perf_counter() - start))
 
+    def step(trainer: Trainer) -> None:
+        if trainer.iter >= death.iteration and not armed and death.rank == comm.get_rank():
+            armed.append(death)
+            if death.kind != "write":
+                timer = threading.Timer(death.after, death.strike)
+                timer.daemon = True
+                timer.start()
+        plain_step(trainer)
+
+    def dying_open(path: str, mode: str = "r") -> Any:
+        file = builtins.open(path, mode)
+        return DyingFile(file, death, written) if armed and ".pth." in str(path) else file
+
+    armed: list[Death] = []
+    written = [0]
     Trainer.train = timed
-    if death and death.kind == "write":
-        budget = [death.at]
-
-        def dying_open(path: str, mode: str = "r") -> Any:
-            file = builtins.open(path, mode)
-            return DyingFile(file, budget) if ".pth." in str(path) else file
-
-        files.open = dying_open
+    if death:
+        Trainer.run_step = step
+        if death.kind == "write":
+            files.open = dying_open
     main(args)
 
 
@@ -264,18 +281,19 @@ def disturb(case: Case, points: int, rng: random.Random, folder: Path) -> dict[s
     result: dict[str, Any] = {"loop_seconds": loop_seconds, "kills": [], "runs": 0}
     result |= {"differences": [], "failures": []}
     kinds = ["time", "write"] + ["rank"] * (case.processes > 1)
-    while len(result["kills"]) < points and not result["failures"]:
+    # In ascending order, so that the points of one run lie all over it.
+    deaths = []
+    for i, iteration in enumerate(sorted(rng.randrange(_ITERATIONS) for _ in range(points))):
+        kind = kinds[i % len(kinds)]
+        most = size if kind == "write" else 2 * loop_seconds / _ITERATIONS
+        rank = 0 if kind == "write" else rng.randrange(case.processes)
+        deaths.append(Death(kind, iteration, rng.uniform(0.0, most), rank))
+    while deaths and not result["failures"]:
         result["runs"] += 1
         run = folder / f"run{result['runs']}"
         ended = False
         while not ended:
-            death = None
-            if len(result["kills"]) < points:
-                kind = kinds[len(result["kills"]) % len(kinds)]
-                # About so far that the points cover the run.
-                span = 2.0 * size if kind == "write" else 3.0 * loop_seconds / points
-                rank = 0 if kind == "write" else rng.randrange(case.processes)
-                death = Death(kind, rng.uniform(0.0, span), rank)
+            death = deaths[0] if deaths else None
             status, lived, _ = attempt(case, run, resume=run.exists(), death=death)
             ended = status == 0
             alone = death is not None and death.kind == "rank"
@@ -283,12 +301,12 @@ def disturb(case: Case, points: int, rng: random.Random, folder: Path) -> dict[s
                 result["failures"].append(f"status {status}, see {run.with_suffix('.log')}")
                 break
             if not ended:
+                deaths.pop(0)
                 last = run / "last_checkpoint"
                 result["kills"].append(
                     {
-                        "kind": death.kind,
-                        "at": round(death.at, 3),
-                        "rank": death.rank,
+                        **death._asdict(),
+                        "after": round(death.after, 3),
                         "seconds": round(lived, 1),
                         "last_checkpoint": last.read_text() if last.exists() else None,
                     }

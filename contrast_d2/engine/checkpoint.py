@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from ..segmentor import is_training_only
-from ..weights import read_weights
+from ..weights import averaged_weights, read_weights
 from .files import damage_of, write_atomically
 
 _PICKLES = (".pkl", ".pyth")
@@ -209,10 +209,10 @@ class Checkpointer(DetectionCheckpointer):
                 f"have another shape, such as {unfit[0]}. Evaluate it with the config it was "
                 "trained with."
             )
-        average = rest.get("trainer", {}).get("hooks", {}).get("WeightAverage")
+        average = averaged_weights(rest)
         if average:
             self.logger.info("Taking the averaged weights of %s", path)
-            self.model.load_state_dict(average["average"], strict=False)
+            self.model.load_state_dict(average, strict=False)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         shapes = [name for name, *_ in incompatible.incorrect_shapes]

@@ -13,7 +13,7 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from ..weights import read_weights
+from ..weights import averaged_weights, read_weights
 
 Metrics = dict[int, dict[str, float]]
 
@@ -123,18 +123,21 @@ def last_checkpoint(run_dir: str | Path) -> Path:
 def load_run_model(run_dir: str | Path) -> nn.Module:
     """Build the model of a run with its newest weights, in evaluation mode, on the CPU.
 
+    Those are averaged ones where the training averaged them.
+
     Raises:
         ValueError: config or checkpoint are missing, unreadable, or do not fit each other.
     """
     config = read_config(run_dir).model
     _disable_pretrained(config)
     path = last_checkpoint(run_dir)
-    state = read_weights(path).get("model")
+    checkpoint = read_weights(path)
+    state = checkpoint.get("model")
     if not isinstance(state, dict):
         raise ValueError(f"{path} is not a checkpoint of a run: it has no weights as 'model'")
     model = instantiate(config)
     try:
-        model.load_state_dict(state)
+        model.load_state_dict({**state, **averaged_weights(checkpoint)})
     except RuntimeError as error:
         mismatch = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not fit the model of config.yaml: {mismatch}") from error
