@@ -22,7 +22,8 @@ class Usage(NamedTuple):
 
     Attributes:
         seconds: of a clock that starts anywhere.
-        mib: resident memory; pages that processes share are counted once.
+        mib: resident memory; pages that the processes share are counted once. Without those of
+            files: how many other programs have torch's libraries loaded must not count.
         handles: open files, pipes and sockets.
         processes: that are alive.
         threads: of all of them.
@@ -79,9 +80,10 @@ def usage(pid: int) -> Usage | None:
             opened = len(os.listdir(_PROC / str(member) / "fd"))
         except OSError:  # it has just ended
             continue
-        if fields is None or "\nPss:" not in rollup:
+        parts = [rollup.partition(f"\nPss_{kind}:")[2].split() for kind in ("Anon", "Shmem")]
+        if fields is None or not all(parts):
             continue
-        kib += int(rollup.partition("\nPss:")[2].split()[0])
+        kib += sum(int(part[0]) for part in parts)
         handles += opened
         threads += int(fields[17])
         cpu += sum(int(field) for field in fields[11:15]) / ticks
