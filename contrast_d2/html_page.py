@@ -79,7 +79,16 @@ def jpeg_address(image: Image.Image, quality: int = 85) -> str:
     """
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return _address("jpeg", buffer.getvalue())
+
+
+def png_address(content: bytes) -> str:
+    """The content of a PNG file within an address, for `src`."""
+    return _address("png", content)
+
+
+def _address(kind: str, content: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def json_block(identifier: str, data: Any) -> str:
