@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Iterator
 
 import pytest
 import torch
+from detectron2.engine import HookBase, hooks
 from torch import nn
 
 from contrast_d2.engine import NonFiniteLossError, Trainer
+from contrast_d2.engine.files import DiskFullError
 from contrast_d2.engine.trainer import Batch
 
 
@@ -218,3 +221,66 @@ def test_a_model_left_in_eval_mode_is_our_bug() -> None:
     trainer.before_step = trainer.model.eval
     with pytest.raises(RuntimeError, match="eval mode"):
         trainer.train(0, 1)
+
+
+class Ends(HookBase):
+    """Raises an error after an iteration."""
+
+    def __init__(self, at: int, error: Exception) -> None:
+        self.at = at
+        self.error = error
+
+    def after_step(self) -> None:
+        if self.trainer.iter == self.at:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "traceback"), [(DiskFullError("no room"), False), (RuntimeError("a defect"), True)]
+)
+def test_only_a_defect_leaves_a_traceback(error: Exception, traceback: bool) -> None:
+    logged: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = logged.append
+    loop_logger = logging.getLogger("detectron2.engine.train_loop")
+    loop_logger.addHandler(handler)
+    trainer = make(2)
+    trainer.register_hooks([Ends(0, error)])
+    try:
+        with pytest.raises(type(error)):
+            trainer.train(0, 3)
+    finally:
+        loop_logger.removeHandler(handler)
+    assert any(record.exc_info for record in logged) == traceback
+    assert not loop_logger.filters
+
+
+def test_the_last_evaluation_is_that_of_a_finished_training() -> None:
+    """It takes minutes, and none of them are for a run that failed in its last iteration."""
+    calls: list[int] = []
+
+    def trainer(*more: HookBase) -> Trainer:
+        loop = make(2)
+        loop.register_hooks([hooks.EvalHook(0, lambda: calls.append(loop.storage.iter)), *more])
+        return loop
+
+    with pytest.raises(DiskFullError):
+        trainer(Ends(2, DiskFullError("no room"))).train(0, 3)
+    assert calls == []
+    trainer().train(0, 3)
+    # Resumed from the checkpoint of the last iteration there is no step left.
+    trainer().train(3, 3)
+    assert calls == [3, 3]
+
+
+def test_the_loss_scaler_is_part_of_what_is_resumed() -> None:
+    state = make(2, precision="fp16").state_dict()
+    assert state["scaler"]["scale"] > 1
+    with pytest.raises(ValueError, match="was trained with train.precision=fp16"):
+        make(2).load_state_dict(state)
+    with pytest.raises(ValueError, match="was trained without train.precision=fp16"):
+        make(2, precision="fp16").load_state_dict(make(2).state_dict())
+    state["scaler"]["scale"] = 128.0
+    other = make(2, precision="fp16")
+    other.load_state_dict(state)
+    assert other.state_dict()["scaler"]["scale"] == 128.0
