@@ -25,6 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..evaluation.runs import load_saved_config
 from ..yacs import add_contrast_config, tree_from_yacs
+from .value_types import check_replacement, check_value_types
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -101,6 +102,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     cfg = load_saved_config(path) if path.endswith((".yaml", ".yml")) else _load_lazy(path)
     for override in _parse(overrides):
         _apply(cfg, override)
+    check_value_types(cfg)
     return cfg
 
 
@@ -211,6 +213,7 @@ def _apply(cfg: DictConfig, override: Override) -> None:
     if value == "None":  # hydra's grammar knows null only
         value = None
     _check_key(cfg, key)
+    check_replacement(key, OmegaConf.select(cfg, key, throw_on_missing=False), value)
     OmegaConf.update(cfg, key, value, merge=True, force_add=True)
 
 
