@@ -1,0 +1,156 @@
+"""A trained network as a function from one image to its class ids.
+
+Shape letters: K classes, H W the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import instantiate
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from torch import Tensor, nn
+
+from ..data import SemSegMapper
+from ..data.classes import distinct_colors
+from ..data.datasets import check_registered
+from ..data.labels import LabelMap
+from ..evaluation import InferenceProtocol
+from .checkpoint import Checkpointer
+from .config import load_config
+
+# What backbones take to start a training from, which the checkpoint replaces.
+_STARTING_WEIGHTS = {"pretrained": False, "weights_file": None}
+
+
+class Predictor:
+    """Predicts images as the evaluation does: the mapper's sizes, then the test protocol.
+
+    Args:
+        model: what gives the class scores, in evaluation mode.
+        mapper: of the test set, for its augmentations and the order of its channels.
+        dataset_name: a registered dataset, for names and colours. None of its files is read.
+
+    Attributes:
+        class_names: K names.
+        class_colors: K RGB triples in 0..255.
+        label_map: of the dataset's label files.
+    """
+
+    def __init__(self, model: nn.Module, mapper: SemSegMapper, dataset_name: str) -> None:
+        metadata = MetadataCatalog.get(dataset_name)
+        self.model = model
+        self.mapper = mapper
+        self.dataset_name = dataset_name
+        self.class_names: list[str] = list(metadata.stuff_classes)
+        colors = metadata.get("stuff_colors") or distinct_colors(len(self.class_names))
+        self.class_colors: list[Sequence[int]] = list(colors)
+        self.label_map: LabelMap = mapper.label_map
+
+    @torch.no_grad()
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Predicts one image.
+
+        Args:
+            image: (H, W, 3) uint8, RGB.
+
+        Returns:
+            (H, W) uint8, contiguous class ids in 0..K-1.
+        """
+        height, width = image.shape[:2]
+        sample = T.AugInput(image)
+        self.mapper.augmentations(sample)
+        pixels = sample.image if self.mapper.image_format == "RGB" else sample.image[:, :, ::-1]
+        # np.array copies: frames and augmentations may be read-only or negatively strided views.
+        tensor = torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
+        (output,) = self.model([{"image": tensor, "height": height, "width": width}])
+        scores_KHW: Tensor = output["sem_seg"]
+        return scores_KHW.argmax(dim=0).to(torch.uint8).cpu().numpy()
+
+
+def load_predictor(
+    config_file: str, weights: str, overrides: Sequence[str] = (), *, device: str | None = None
+) -> Predictor:
+    """Builds the network of an experiment file with the weights of a checkpoint.
+
+    Neither the dataset's files nor a network connection are needed.
+
+    Args:
+        config_file: an experiment file, or the config.yaml of a run.
+        weights: a checkpoint, of the training or of its end.
+        overrides: changes to the config, as `load_config` takes them.
+        device: "cuda", "cuda:1", "cpu"; None takes a GPU where there is one.
+
+    Raises:
+        ValueError: a file is missing or does not fit the others, the dataset is not registered or
+            has another number of classes, or there is no such device.
+    """
+    place = checked_device(device)
+    cfg = load_config(config_file, overrides)
+    name, mapper = _test_data(cfg, config_file)
+    _forget_starting_weights(cfg.model)
+    if "contrast" in cfg.model:
+        cfg.model.contrast = None
+    protocol: Callable[[nn.Module], nn.Module] = (
+        instantiate(OmegaConf.select(cfg, "dataloader.inference")) or InferenceProtocol()
+    )
+    model = instantiate(cfg.model)
+    allow_pickle = bool(OmegaConf.select(cfg, "train.allow_pickle"))
+    Checkpointer(model, allow_pickle=allow_pickle).load_for_inference(weights)
+    return Predictor(protocol(model.to(place).eval()).eval(), mapper, name)
+
+
+def checked_device(name: str | None) -> torch.device:
+    """The device of a name, or a GPU where there is one if it is None.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device {name} cannot be used ({reason}): try cpu.") from error
+    return device
+
+
+def _test_data(cfg: DictConfig, config_file: str) -> tuple[str, SemSegMapper]:
+    """The name of the config's test set, and its mapper."""
+    test: Any = OmegaConf.select(cfg, "dataloader.test")
+    if test is None or "mapper" not in test or "dataset" not in test:
+        raise ValueError(f"{config_file} has no dataloader.test with a dataset and a mapper.")
+    name = test.dataset
+    check_registered(name)
+    classes = len(MetadataCatalog.get(name).stuff_classes)
+    expected = OmegaConf.select(cfg, "dataset.num_classes")
+    if expected is not None and expected != classes:
+        raise ValueError(
+            f"dataset.num_classes={expected}, but {name} has {classes} classes: name the dataset "
+            "that the network was trained on with dataset.test=NAME."
+        )
+    if "cache_dir" in test.mapper:
+        test.mapper.cache_dir = None
+    return name, instantiate(test.mapper)
+
+
+def _forget_starting_weights(config: DictConfig | ListConfig) -> None:
+    for node in _nodes(config):
+        for key, none in _STARTING_WEIGHTS.items():
+            if isinstance(node, DictConfig) and key in node:
+                node[key] = none
+
+
+def _nodes(config: DictConfig | ListConfig) -> Iterator[DictConfig | ListConfig]:
+    yield config
+    keys = config if isinstance(config, DictConfig) else range(len(config))
+    for key in keys:
+        if OmegaConf.is_config(config[key]):
+            yield from _nodes(config[key])
