@@ -58,6 +58,11 @@ class ContrastiveSegmentor(SemanticSegmentor):
             pixel_mean=pixel_mean,
             pixel_std=pixel_std,
         )
+        if len(pixel_mean) != len(pixel_std) or not all(std > 0 for std in pixel_std):
+            raise ValueError(
+                f"pixel_mean={list(pixel_mean)}, pixel_std={list(pixel_std)}: needs one of each "
+                "per channel, and deviations above 0."
+            )
         self.seg_loss = seg_loss
         self.contrast = contrast
         self.ignore_label = ignore_label

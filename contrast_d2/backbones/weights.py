@@ -53,7 +53,8 @@ def _read(path: str) -> State:
     try:
         return load_state_dict(path)
     except Exception as error:  # whatever the readers of its format raise on a damaged file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        # The first sentence; another would advise to run the code of the file.
+        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
         raise ValueError(
             f"weights_file={path} cannot be read as a checkpoint ({reason}): give a state dict "
             "written by torch.save, or a .safetensors file."

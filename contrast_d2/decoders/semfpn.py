@@ -17,6 +17,9 @@ from torch import Tensor
 
 from ..structures import SegOutput
 
+# What detectron2's `get_norm` knows.
+_NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
+
 
 class SemSegFPNDecoder(SemSegFPNHead):
     """detectron2's `SemSegFPNHead`, with the feature pyramid that it stands on.
@@ -48,6 +51,9 @@ class SemSegFPNDecoder(SemSegFPNHead):
         norm: str = "GN",
         common_stride: int = 4,
     ) -> None:
+        for name, value in (("norm", norm), ("fpn_norm", fpn_norm)):
+            if value not in _NORMS:
+                raise ValueError(f"{name}={value!r}: choose one of {_NORMS}.")
         shapes = dict(sorted(input_shape.items(), key=lambda item: item[1].stride))
         fpn = None
         if fpn_channels is not None:

@@ -24,6 +24,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..evaluation.runs import load_saved_config
+from ..resources import find_config
 from ..yacs import add_contrast_config, tree_from_yacs
 from .value_types import check_replacement, check_value_types
 
@@ -81,7 +82,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Args:
         path: of a `.py` file, or of a `.yaml`: one that a run has saved, or one of detectron2,
-            which has keys in upper case. A `.py` file is code; a `.yaml` holds plain values, but a
+            which has keys in upper case; `configs/...` also where the package has it. A `.py` file is code; a `.yaml` holds plain values, but a
             saved one names the callables that are run when its model is built.
         overrides: "key=value", in hydra's grammar; None and null both mean None. A key is one of
             the config, or an argument with a default of the callable that the config names there.
@@ -92,6 +93,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     """
     if not path:
         raise ValueError("--config-file is missing: name an experiment file under configs/.")
+    path = find_config(path)
     if not os.path.isfile(path):
         raise ValueError(f"--config-file {path}: there is no such file.")
     for text in overrides:
@@ -99,10 +101,21 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
             raise ValueError(f"{text}: flags go before the overrides.")
     if path.endswith((".yaml", ".yml")) and _is_yacs(path):
         return tree_from_yacs(load_yacs(path, overrides))
-    cfg = load_saved_config(path) if path.endswith((".yaml", ".yml")) else _load_lazy(path)
+    cfg = _load_saved(path) if path.endswith((".yaml", ".yml")) else _load_lazy(path)
     for override in _parse(overrides):
         _apply(cfg, override)
     check_value_types(cfg)
+    return cfg
+
+
+def _load_saved(path: str) -> DictConfig:
+    cfg = load_saved_config(path)
+    missing = [name for name in ("model", "dataset", "dataloader", "train") if name not in cfg]
+    if missing:
+        raise ValueError(
+            f"--config-file {path} has no {missing[0]}: name the config.yaml of a run, or an "
+            "experiment file."
+        )
     return cfg
 
 
@@ -146,7 +159,8 @@ def load_yacs(path: str, overrides: Sequence[str] = ()) -> CfgNode:
         reason = " ".join(str(error).split())
         raise ValueError(f"--config-file {path} cannot be read: {reason}") from error
     except ValueError as error:
-        raise ValueError(f"--config-file {path}: {error}") from error
+        reason = " ".join(str(error).split())  # a section is shown over many lines
+        raise ValueError(f"--config-file {path}: {reason}") from error
     for text in overrides[::2]:
         if "=" in text:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import glob
 import logging
 import os
@@ -15,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import LazyConfig, instantiate
-from detectron2.data import MetadataCatalog
 from detectron2.engine import create_ddp_model, default_writers, hooks
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -23,14 +23,14 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.events import EventWriter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
-from ..data.datasets import check_registered
 from ..evaluation import InferenceProtocol
 from ..segmentor import inference_state_dict
 from .checkpoint import Checkpointer
+from .checks import check_classes, check_crop, check_training
 from .config import import_modules, load_config
 from .determinism import compute_deterministically
 from .files import stop_when_disk_is_full, write_atomically
@@ -54,6 +54,8 @@ def main(args: argparse.Namespace) -> None:
         import_modules(args.imports)  # a process that was spawned knows none of them yet
         cfg = load_config(args.config_file, args.opts)
         check_classes(cfg)  # a class count that is read off the dataset fails from here on
+        if not args.eval_only:
+            check_training(cfg.train)
         set_up(cfg, args)
         if args.eval_only:
             evaluate_checkpoint(cfg)
@@ -65,13 +67,17 @@ def main(args: argparse.Namespace) -> None:
 
 
 def set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
-    """Opens the log, notes environment and, of a training, config in the output folder; seeds."""
+    """Opens the log in the output folder and notes the environment; seeds."""
     output_dir = cfg.train.output_dir
     if comm.is_main_process():
         try:
             PathManager.mkdirs(output_dir)
         except OSError as error:
             raise ValueError(f"train.output_dir={output_dir} cannot be made: {error}.") from error
+        if not (os.path.isdir(output_dir) and os.access(output_dir, os.W_OK)):
+            raise ValueError(
+                f"train.output_dir={output_dir} cannot be written: name a folder of your own."
+            )
     comm.synchronize()
     rank = comm.get_rank()
     # Lines that do not fit on a full disk are lost; their tracebacks would hide the error's own.
@@ -86,12 +92,6 @@ def set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
     logger.info("Process %d of %d on %s", rank, comm.get_world_size(), device())
     logger.info("Environment:\n%s", collect_env_info())
     logger.info("Command line: %s", args)
-    # An evaluation may have other settings than the training whose folder it is in.
-    if comm.is_main_process() and not args.eval_only:
-        path = os.path.join(output_dir, "config.yaml")
-        with stop_when_disk_is_full(path):
-            LazyConfig.save(cfg, path)
-        logger.info("Config saved to %s", path)
     torch.manual_seed(max(cfg.train.seed, 0))
     torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark and not args.eval_only
     if cfg.train.get("deterministic"):  # which configs saved by earlier versions lack
@@ -111,24 +111,6 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
-
-
-def check_classes(cfg: DictConfig) -> None:
-    """Compares the number of classes that the model is built for with those of its datasets.
-
-    Raises:
-        ValueError: they differ, or a dataset is not registered.
-    """
-    train_sets = cfg.dataset.train
-    names = [train_sets] if isinstance(train_sets, str) else list(train_sets)
-    for name in [*names, cfg.dataset.test]:
-        check_registered(name)
-        classes = len(MetadataCatalog.get(name).stuff_classes)
-        if classes != cfg.dataset.num_classes:
-            raise ValueError(
-                f"dataset.num_classes={cfg.dataset.num_classes}, but {name} has {classes} classes: "
-                f"set dataset.num_classes={classes}."
-            )
 
 
 def build_model(cfg: DictConfig) -> nn.Module:
@@ -158,16 +140,20 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
         The results of the last evaluation, on the main process.
     """
     options = cfg.train
+    saved = copy.deepcopy(cfg)  # without the objects that are put into it
     evaluate = build_evaluation(cfg)  # before the training that would be lost without it
     model = build_model(cfg)
     logger.info("Model:\n%s", model)
-    cfg.optimizer.params.model = model
-    optimizer = instantiate(cfg.optimizer)
+    check_crop(OmegaConf.select(cfg, "dataloader.train.mapper.augmentations.crop_size"), model)
+    schedule = instantiate(cfg.lr_multiplier)
+    # For its mistakes, and used unless the run is resumed.
+    from_start = build_train_batches(cfg, 0)
+    optimizer = build_optimizer(cfg, model)
     ddp_options = {} if device().type == "cuda" else {"device_ids": None}
     trainer = Trainer(
         create_ddp_model(model, broadcast_buffers=False, **ddp_options),
         optimizer,
-        lambda start: build_train_batches(cfg, start),
+        lambda start: build_train_batches(cfg, start) if start else from_start,
         seed=options.seed,
         precision=options.precision,
         accumulation_steps=options.accumulation_steps,
@@ -179,16 +165,18 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     last = checkpointer.find_resumable() if resume else ""
     if not last:
         checkpointer.load(options.init_checkpoint, checkpointables=[])
+    decay = options.get("ema_decay")  # which no yaml config has
+    average = None if decay is None else WeightAverage(model, decay)
+    evaluated = nullcontext if average is None else average.applied
     is_main = comm.is_main_process()
     if is_main:
         _remove_half_written(options.output_dir)
         if not last:
             _put_earlier_run_aside(checkpointer)
-            with stop_when_disk_is_full(options.output_dir):
+        with stop_when_disk_is_full(options.output_dir):
+            LazyConfig.save(saved, os.path.join(options.output_dir, "config.yaml"))
+            if not last:
                 record_run(options.output_dir)
-    decay = options.get("ema_decay")  # which no yaml config has
-    average = None if decay is None else WeightAverage(model, decay)
-    evaluated = nullcontext if average is None else average.applied
     results: dict[str, Any] = {}
 
     def evaluate_now() -> dict[str, Any]:
@@ -208,7 +196,7 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
-            hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
+            hooks.LRScheduler(scheduler=schedule),
             average,
             hooks.EvalHook(options.eval_period, evaluate_now),
             BestCheckpointer(checkpointer, options.best_metric, options.eval_period, evaluated),
@@ -228,6 +216,19 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
             write_atomically(path, lambda file: torch.save(state, file))
         logger.info("Weights without the contrast method: %s", path)
     return results
+
+
+def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The config's optimizer, on the parameters of a model.
+
+    Raises:
+        ValueError: PyTorch refuses one of its settings.
+    """
+    cfg.optimizer.params.model = model
+    try:
+        return instantiate(cfg.optimizer)
+    except ValueError as error:
+        raise ValueError(f"optimizer: {error}. Change the keys of `optimizer`.") from error
 
 
 def build_train_batches(cfg: DictConfig, start_iteration: int) -> Iterable[Batch]:

@@ -12,13 +12,15 @@ from detectron2.utils.registry import locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+# Whose annotations are told the truth by; PyTorch's name types that no config can hold.
+_CHECKED = ("contrast_d2", "detectron2", "fvcore")
 _SCALARS = {int: "a whole number", float: "a number", bool: "True or False", str: "a text"}
 _LISTS = (list, tuple, collections.abc.Sequence, collections.abc.Iterable, collections.abc.Set)
 _MAPPINGS = (dict, collections.abc.Mapping)
 
 
 def check_value_types(cfg: DictConfig) -> None:
-    """Compares all arguments of the package's own callables with their annotations.
+    """Compares all arguments of our callables and of detectron2's with their annotations.
 
     Raises:
         ValueError: a value of another type.
@@ -26,7 +28,7 @@ def check_value_types(cfg: DictConfig) -> None:
     for path, node in _calls(cfg, ""):
         target = node["_target_"]
         target = locate(target) if isinstance(target, str) else target
-        if not getattr(target, "__module__", "").startswith("contrast_d2."):
+        if (getattr(target, "__module__", None) or "").partition(".")[0] not in _CHECKED:
             continue
         for name, hint in _hints(target).items():
             if name not in node:
