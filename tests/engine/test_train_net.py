@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,11 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from contrast_d2.evaluation.runs import load_run_model
+
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/shapes/semfpn_r18_ms_cs_demo.py"
 MEMORY_CONFIG = "configs/shapes/semfpn_r18_pixel_memory_demo.py"
 # Small enough to take seconds, with all parts of the real job in it.
 SMALL = [
+    "model.backbone.name=test_resnet",
     "model.sem_seg_head.fpn_channels=16",
     "model.sem_seg_head.conv_dims=32",
     "model.contrast.projector.embed_dim=16",
@@ -26,6 +30,7 @@ SMALL = [
     "dataloader.test.num_workers=0",
     "train.accumulation_steps=2",
     "train.clip_norm=5.0",
+    "train.ema_decay=0.9",
     "train.max_iter=8",
     "train.checkpoint_period=2",
     "train.eval_period=4",
@@ -93,21 +98,24 @@ def assert_identical(a: Any, b: Any) -> None:
             assert value == b[path], path
 
 
+def metrics_rows(output_dir: Path) -> list[dict[str, float]]:
+    lines = (output_dir / "metrics.json").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def without_times(output_dir: Path) -> list[str]:
+    """The rows as text, so that nan equals nan."""
+    times = ("time", "data_time", "eta_seconds")
+    rows = metrics_rows(output_dir)
+    return [json.dumps({k: v for k, v in row.items() if k not in times}) for row in rows]
+
+
 def last_metrics(output_dir: Path) -> dict[int, dict[str, float]]:
-    """The metrics by iteration; of a repeated iteration the last."""
+    """The metrics by iteration."""
     rows: dict[int, dict[str, float]] = {}
-    for line in (output_dir / "metrics.json").read_text().splitlines():
-        row = json.loads(line)
+    for row in metrics_rows(output_dir):
         rows.setdefault(row["iteration"], {}).update(row)
     return rows
-
-
-def unsmoothed(output_dir: Path) -> dict[int, dict[str, float]]:
-    """Those metrics that are not medians over the last iterations of the same process, or times."""
-    return {
-        iteration: {k: v for k, v in row.items() if k.startswith(("sem_seg", "lr"))}
-        for iteration, row in last_metrics(output_dir).items()
-    }
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +149,22 @@ def test_a_run_leaves_what_the_readme_promises(whole_run: Path) -> None:
     assert metrics[6]["contrast/res2/anchors"] > 0
     assert metrics[4]["lr"] == pytest.approx(2e-3 * (1 - 4 / 8) ** 0.9)
     state = load(whole_run / "model_inference.pth")["model"]
-    final = load(whole_run / "model_final.pth")["model"]
-    assert set(final) - set(state) == {name for name in final if name.startswith("contrast.")}
+    final = load(whole_run / "model_final.pth")
+    assert set(final["model"]) - set(state) == {n for n in final["model"] if "contrast." in n}
+    # What is evaluated and left is the average, and what training continues from are the weights.
+    average = final["trainer"]["hooks"]["WeightAverage"]["average"]
+    assert_identical(state, average)
+    best = load(whole_run / "model_best.pth")
+    assert_identical(
+        best["trainer"]["hooks"]["WeightAverage"]["average"],
+        {name: x for name, x in best["model"].items() if name in average},
+    )
+    assert_identical(
+        average,
+        {name: x for name, x in load_run_model(whole_run).state_dict().items() if name in average},
+    )
+    name = next(name for name in state if name.endswith("conv1.weight"))
+    assert not torch.equal(state[name], final["model"][name])
 
 
 @pytest.mark.slow
@@ -161,7 +183,7 @@ def test_a_killed_and_resumed_run_ends_bit_identical(whole_run: Path, tmp_path: 
     assert not list(tmp_path.glob("*.tmp"))
     for name in ("model_final.pth", "model_best.pth", "model_inference.pth"):
         assert_identical(load(whole_run / name), load(tmp_path / name))
-    assert unsmoothed(whole_run) == unsmoothed(tmp_path)
+    assert without_times(whole_run) == without_times(tmp_path)
     assert sorted(p.name for p in tmp_path.glob("model_0*")) == [
         "model_0000005.pth",
         "model_0000007.pth",
@@ -197,6 +219,44 @@ def test_a_memory_bank_survives_a_kill(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_full_disk_stops_with_one_line_and_loses_nothing(whole_run: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    # Room for two checkpoints and a half.
+    size = int(2.5 * (whole_run / "model_final.pth").stat().st_size)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    try:
+        result = run("--config-file", CONFIG, *SMALL, f"train.output_dir={disk}")
+        assert result.returncode == 1
+        assert "Traceback" not in result.stderr + result.stdout
+        error = result.stderr.strip().splitlines()[-1]
+        assert error.startswith(f"error: {disk}/model_") and "No space left on device" in error
+        assert not list(disk.glob("*.tmp"))
+        last = disk / (disk / "last_checkpoint").read_text()
+        assert load(last)["trainer"]["iteration"] in (1, 3)
+        subprocess.run(["mount", "-o", f"remount,size={8 * size}", str(disk)], check=True)
+        train(disk, flags=("--resume",))
+        for name in ("model_final.pth", "model_best.pth", "model_inference.pth"):
+            assert_identical(load(whole_run / name), load(disk / name))
+        assert without_times(whole_run) == without_times(disk)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_another_run_in_the_folder_is_not_continued(whole_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    kill(tmp_path, "step", 1)  # a new run, not resumed, that gets no checkpoint of its own
+    assert (tmp_path / "model_final.pth.old").exists()
+    assert (tmp_path / "metrics.json.old").exists()
+    train(tmp_path, "dataloader.train.num_workers=0", flags=("--resume",))
+    assert "Starting training from iteration 0" in (tmp_path / "log.txt").read_text()
+    assert without_times(whole_run) == without_times(tmp_path)
+
+
+@pytest.mark.slow
 def test_a_kill_before_the_first_checkpoint_starts_anew(whole_run: Path, tmp_path: Path) -> None:
     kill(tmp_path, "write", 1)
     assert not (tmp_path / "last_checkpoint").exists()
@@ -205,12 +265,13 @@ def test_a_kill_before_the_first_checkpoint_starts_anew(whole_run: Path, tmp_pat
     assert_identical(*final)
 
 
-def test_eval_only_repeats_the_last_evaluation(whole_run: Path) -> None:
+@pytest.mark.parametrize("weights", ["model_inference.pth", "model_final.pth"])
+def test_eval_only_repeats_the_last_evaluation(whole_run: Path, weights: str) -> None:
     before = last_metrics(whole_run)[8]
     config = (whole_run / "config.yaml").read_text()
     result = run(
         *("--config-file", CONFIG, "--eval-only", *SMALL, f"train.output_dir={whole_run}"),
-        f"train.init_checkpoint={whole_run / 'model_inference.pth'}",
+        f"train.init_checkpoint={whole_run / weights}",
         "model.contrast=None",
     )
     assert result.returncode == 0, result.stderr[-3000:]
