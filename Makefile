@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 BUSY := $(VENV)/.busy
 DEMO := output/demo
 
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test bench lint format audit clean
 
 help:
 	@echo "make setup    create .venv with everything that the demo and the tests need"
@@ -18,6 +18,7 @@ help:
 	@echo "make test     run the tests; make test ARGS='-k shapes' runs some of them"
 	@echo "make bench    measure speed and memory, rewrite results/performance_* and their tables"
 	@echo "make lint     check the code with ruff;  make format  rewrites it"
+	@echo "make audit    look the pinned packages up among the known vulnerabilities (needs the network)"
 	@echo "make clean    remove .venv, caches and the demo's output"
 	@echo "PYTHON=python3.12 chooses the interpreter (now: $(PYTHON))"
 
@@ -67,5 +68,10 @@ format: $(READY)
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Its own environment: what audits is not among what is audited.
+audit:
+	@[ -x .audit/bin/pip-audit ] || { $(PYTHON) -m venv .audit && .audit/bin/pip install -q pip-audit; }
+	.audit/bin/pip-audit --no-deps --disable-pip --strict -r requirements/pinned.txt
+
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .audit $(DEMO) build *.egg-info .pytest_cache .ruff_cache

@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except (ValueError, OSError) as error:
-        print(f"benchmark: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
 
 
@@ -205,7 +205,7 @@ def _contrast(options: argparse.Namespace) -> int:
     _write(results, options.output)
     broken = contrast.violations(results) if options.check else []
     for line in broken:
-        print(f"benchmark: {line}", file=sys.stderr)
+        print(f"error: {line}", file=sys.stderr)
     return 2 if broken else 0
 
 

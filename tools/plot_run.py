@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         lines = plot_runs(options.runs, options.images, options.output or options.runs[0])
     except (ValueError, OSError) as error:
-        print(f"plot_run: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print("\n".join(lines))
     return 0

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         scores = evaluate_position_prior(options.train, options.eval)["sem_seg"]
     except (ValueError, OSError) as error:
-        print(f"position_prior: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     if options.output:
         report = {

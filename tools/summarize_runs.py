@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     except (ValueError, OSError) as error:
-        print(f"summarize_runs: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 1
     print(summary_table(result))
     return 0

@@ -94,4 +94,4 @@ def test_the_tool_writes_the_file_and_prints_the_table(variants, tmp_path: Path)
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("summarize_runs: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -488,7 +488,7 @@ def test_mistakes_give_one_clear_line(main, tmp_path, capsys) -> None:
     }.items():
         assert main(list(arguments)) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("benchmark: ") and message in line
+        assert line.startswith("error: ") and message in line
 
 
 def test_tables_of_the_documentation_are_those_of_the_results() -> None:

@@ -72,4 +72,4 @@ def test_evaluators_that_disagree_are_not_compared(small, monkeypatch) -> None:
 
 def test_a_mistake_gives_one_clear_line(capsys) -> None:
     assert runpy.run_path(str(TOOL))["main"](["evaluation", "--images", "0"]) == 1
-    assert capsys.readouterr().err == "benchmark: --images 0: needs at least 1\n"
+    assert capsys.readouterr().err == "error: --images 0: needs at least 1\n"

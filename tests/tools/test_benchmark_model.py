@@ -155,7 +155,7 @@ def test_mistakes_give_one_clear_line(main, capsys) -> None:
     ):
         assert main(["model", *arguments]) == 1
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("benchmark: ") and message in line
+        assert line.startswith("error: ") and message in line
 
 
 def test_the_papers_counts_stand_beside_ours(tmp_path: Path) -> None:

@@ -150,6 +150,6 @@ def test_mistakes_give_one_clear_line(run_dir, tmp_path, main, capsys):
         assert main([str(argument) for argument in arguments]) == 1
         out, err = capsys.readouterr()
         (line,) = err.splitlines()
-        assert line.startswith("plot_run: ")
+        assert line.startswith("error: ")
         assert message in line
         assert out == ""

@@ -59,5 +59,5 @@ def test_an_unknown_dataset_is_one_line_with_the_nearest_name(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     (line,) = err.splitlines()
-    assert line.startswith("position_prior: ")
+    assert line.startswith("error: ")
     assert "shapes_sem_seg_train" in line
