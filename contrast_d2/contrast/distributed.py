@@ -1,10 +1,12 @@
 """Contrasting over the images of all processes.
 
-Shape letters: A anchors of this process, D embedding width, G anchors of all processes.
+Shape letters: A anchors of this process, D embedding width, G anchors of all processes, S scales,
+K classes, B images of this process.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -80,6 +82,40 @@ def sum_over_processes(value: Tensor) -> Tensor:
     value = value.detach().clone()
     dist.all_reduce(value)
     return value
+
+
+def mean_over_processes(mean: Tensor, count: Tensor) -> Tensor:
+    """This process's share of the mean over the items of all processes.
+
+    The shares add up to that mean times the number of processes, by which DistributedDataParallel
+    divides the gradients, and the trainer the losses that it logs.
+
+    Args:
+        mean: 0-dim, over this process's items.
+        count: 0-dim floating-point number of these, which may be 0.
+    """
+    return mean * count * world_size() / sum_over_processes(count).clamp(min=1)
+
+
+def quotas_of_all(counts: Tensor, quotas_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Quotas of this process's images, set for the images of all processes together.
+
+    Every process has to call it in the same order.
+
+    Args:
+        counts: (S, K, B, ...) int64 pixel counts; B may differ between processes.
+        quotas_of: the counts of all images -> their quotas, likewise.
+
+    Returns:
+        (S, K, B, ...) quotas, on the CPU where there are several processes.
+    """
+    if world_size() == 1:
+        return quotas_of(counts)
+    counts = counts.cpu()  # the only wait for the device, in this case
+    gathered: list[Tensor] = [counts] * world_size()
+    dist.all_gather_object(gathered, counts)
+    quotas = quotas_of(torch.cat(gathered, dim=2))
+    return quotas.split([part.shape[2] for part in gathered], dim=2)[dist.get_rank()]
 
 
 def _own_first(parts: list[Tensor]) -> list[Tensor]:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .distributed import process_share
+from .distributed import process_share, quotas_of_all
 from .sampling import Balance, PixelDraw, draw_pixels, share_equally, sort_pixels
 
 Rest = Literal["random", "easy"]
@@ -46,8 +46,10 @@ class HardAnchorSampler:
     then none. Here they give two each, more than `max_anchors` in all.
 
     `max_anchors` is for the batch of all processes together, and each process applies an equal
-    share of it to its own images; the release's number is that of one process. The host waits for
-    the device once per call, to learn how many anchors there are.
+    share of it to its own images; the release's number is that of one process. With
+    `across_processes` the units of balance are those of the global batch, and each process draws
+    the share of its own images. The host waits for the device once per call, to learn how many
+    anchors there are.
 
     Args:
         num_classes: K.
@@ -58,6 +60,7 @@ class HardAnchorSampler:
         min_pixels: classes (or pairs) with fewer pixels at a scale are not drawn at that scale.
         hard_share: of the anchors, in 0..1.
         rest: where the other anchors come from.
+        across_processes: balance the global batch, not the images of each process.
 
     Raises:
         ValueError: an argument out of its range.
@@ -76,6 +79,7 @@ class HardAnchorSampler:
         min_pixels: int = 1,
         hard_share: float = 0.5,
         rest: Rest = "random",
+        across_processes: bool = False,
     ) -> None:
         if balance not in ("class", "image_class"):
             raise ValueError(f"balance={balance!r}: choose 'class' or 'image_class'.")
@@ -101,6 +105,7 @@ class HardAnchorSampler:
         self.min_pixels = min_pixels
         self.hard_share = hard_share
         self.rest = rest
+        self.across_processes = across_processes
 
     @torch.no_grad()
     def __call__(
@@ -135,7 +140,11 @@ class HardAnchorSampler:
             for labels, predictions in zip(label_maps, prediction_maps, strict=True)
         ]
         pixels = sort_pixels(label_maps, self.num_classes, halves=right)
-        quotas = self._quotas(pixels.counts.unflatten(2, (-1, 2)))
+        counts = pixels.counts.unflatten(2, (-1, 2))
+        if self.across_processes:
+            quotas = quotas_of_all(counts, self._quotas)
+        else:
+            quotas = self._quotas(counts)
         return draw_pixels(
             label_maps,
             pixels,
@@ -148,8 +157,11 @@ class HardAnchorSampler:
     def _capacity(self, label_map: Tensor) -> int:
         """The most anchors that the budgets allow."""
         units = self.num_classes * (1 if self.balance == "class" else len(label_map))
-        budget = process_share(self.max_anchors)
-        return min(max(budget, _LEAST_PER_GROUP * units), label_map.numel())
+        return min(max(self._budget(), _LEAST_PER_GROUP * units), label_map.numel())
+
+    def _budget(self) -> int:
+        """Most anchors per scale of the images that are balanced together."""
+        return self.max_anchors if self.across_processes else process_share(self.max_anchors)
 
     def _quotas(self, counts: Tensor) -> Tensor:
         """(S, K, B, 2) numbers of wrong and right pixels -> quotas of hard anchors and the rest."""
@@ -172,6 +184,6 @@ class HardAnchorSampler:
         """Anchors of each unit of balance: (S, ...) sizes -> (S, ...)."""
         eligible = counts >= self.min_pixels
         num_eligible = eligible.sum(dim=(1, 2), keepdim=True)
-        target = process_share(self.max_anchors) // num_eligible.clamp(min=1)
+        target = self._budget() // num_eligible.clamp(min=1)
         target = target.clamp(min=_LEAST_PER_GROUP).clamp(max=self.max_per_group)
         return counts.minimum(target).masked_fill(~eligible, 0)

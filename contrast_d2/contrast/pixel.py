@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .boundary import BoundaryNegatives
+from .distributed import gather_set, mean_over_processes, world_size
 from .gather import gather_embeddings
 from .hard_sampling import HardAnchorSampler
 from .info_nce import PRODUCTS, Products, info_nce
@@ -40,7 +41,9 @@ class PixelContrast(ContrastMethod):
     into the bank, during warm-up as well. Used in training only.
 
     Anchors are those of one process, as in the release; with several processes it is the memory, of
-    which all hold the same, that brings the images of the others in.
+    which all hold the same, that brings the images of the others in. With `across_processes` the
+    anchors and `negatives` of all processes are in C, and loss and gradients are those of one
+    process that has the global batch.
 
     Args:
         projector: heads for the feature maps; those of other maps than `feature` are dropped.
@@ -60,12 +63,14 @@ class PixelContrast(ContrastMethod):
         negatives: draws wrong pixels of the batch, which are then the only negatives, while the
             contrast set gives the positives; None for its samples of other classes. Not together
             with `pairs`, which choose the negatives too.
+        across_processes: contrast over the global batch; the sampler must be set likewise.
         products: precision of the InfoNCE's products, as in `info_nce`: "fp32" or "bf16".
 
     Raises:
         ValueError: a negative weight, a temperature that is not above 0, a map without projector,
             unknown products, a memory of another size than sampler or projector, options of a
-            memory without one, both `pairs` and `negatives`.
+            memory without one, both `pairs` and `negatives`, `across_processes` here and not in the
+            sampler.
 
     Reference: Wang, Zhou, Yu, Dai, Konukoglu, Van Gool, "Exploring Cross-Image Pixel Contrast for
         Semantic Segmentation", ICCV 2021, section 3.2, equation (3).
@@ -87,6 +92,7 @@ class PixelContrast(ContrastMethod):
         contrast_batch: bool = True,
         pairs: SemiHardPairs | None = None,
         negatives: BoundaryNegatives | None = None,
+        across_processes: bool = False,
         products: Products = "fp32",
     ) -> None:
         super().__init__(projector)
@@ -102,6 +108,11 @@ class PixelContrast(ContrastMethod):
             raise ValueError(
                 "pairs and negatives both choose the negatives: set one of them to None."
             )
+        if across_processes != sampler.across_processes:
+            raise ValueError(
+                f"across_processes={across_processes} here and {sampler.across_processes} in the "
+                "sampler: set both alike."
+            )
         _check_memory(memory, memory_per_class, contrast_batch, projector, sampler)
         projector.keep([feature])
         self.sampler = sampler
@@ -114,6 +125,7 @@ class PixelContrast(ContrastMethod):
         self.contrast_batch = contrast_batch
         self.pairs = pairs
         self.negatives = negatives
+        self.across_processes = across_processes
         self.products = products
 
     # How many pixels are drawn is known at run time only: a compiled step has one graph up to here.
@@ -182,8 +194,15 @@ class PixelContrast(ContrastMethod):
             anchor_rows, rows = rows.split([len(draw.labels), len(negative_draw.labels)])
             anchors = LabelledSet(anchor_rows, draw.labels)
             negatives = LabelledSet(rows, negative_draw.labels)
-        contrast = self._contrast_set(anchors, generator)
+        everyones = anchors
+        if self.across_processes and world_size() > 1:
+            everyones = LabelledSet(*gather_set(*anchors))
+            if negatives is not None:
+                negatives = LabelledSet(*gather_set(*negatives))
+        contrast = self._contrast_set(everyones, generator)
         loss = self._info_nce(anchors, draw.class_counts, contrast, negatives, generator)
+        if self.across_processes and world_size() > 1:
+            loss = mean_over_processes(loss, self._num_averaged(anchors, contrast))
 
         classes = self.sampler.num_classes
         sums = class_sums(*anchors, classes)
@@ -210,6 +229,16 @@ class PixelContrast(ContrastMethod):
             return anchors
         keys = self.memory.contrast_set(self.memory_per_class, generator)
         return _joined(anchors, keys) if self.contrast_batch else keys
+
+    def _num_averaged(self, anchors: LabelledSet, contrast: LabelledSet) -> Tensor:
+        """How many anchors have a positive, 0-dim; each loses itself where it is in the set."""
+        known = contrast.labels >= 0
+        population = torch.zeros(
+            self.sampler.num_classes, dtype=anchors.embeddings.dtype, device=known.device
+        )
+        population.index_add_(0, contrast.labels.clamp(min=0), known.to(population.dtype))
+        needed = 2 if self.contrast_batch else 1
+        return (population[anchors.labels] >= needed).sum().to(population.dtype)
 
     def _info_nce(
         self,

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .distributed import mean_over_processes, sum_over_processes, world_size
 from .gather import gather_embeddings, gather_pixels, unit_vectors
 from .log_ratios import Groups, log_ratios
 from .method import ContrastMethod, Warmup, connected_zero
@@ -72,7 +73,9 @@ class PNE(ContrastMethod):
     no pixel of class j, where the network gets no pixel of class k right, or where the group's size
     is outside of `min_hard`..`max_hard`: at the beginning of training most errors are in groups
     too large, which makes the upper bound a warm-up. Predictions are those of this step. There is
-    no contrast between images, and means are those of one process.
+    no contrast between images, and means are those of one process; with `across_processes` they run
+    over the groups of all processes, and loss and gradients are those of one process that has the
+    global batch.
 
     At most `samples_per_group` anchors, and as many positives and negatives, are drawn at random.
     The release takes the first ones in raster order, from the top of the image, and repeats those
@@ -104,6 +107,7 @@ class PNE(ContrastMethod):
             negatives of `empty_negatives`.
         warmup_iters: training passes without contrast.
         ramp_iters: passes over which the weight then grows.
+        across_processes: take means over the global batch.
 
     Raises:
         ValueError: an argument out of its range, unknown, or without effect.
@@ -131,6 +135,7 @@ class PNE(ContrastMethod):
         allow_absent_predictions: bool = False,
         warmup_iters: int = 0,
         ramp_iters: int = 0,
+        across_processes: bool = False,
     ) -> None:
         super().__init__(projector)
         for name, number, least in (
@@ -170,6 +175,7 @@ class PNE(ContrastMethod):
         self.detach_anchor_norm = detach_anchor_norm
         self.allow_absent_predictions = allow_absent_predictions
         self.warmup = Warmup(warmup_iters, ramp_iters)
+        self.across_processes = across_processes
 
     # How many groups there are is known at run time only: a compiled step has one graph up to here.
     @torch.compiler.disable
@@ -335,9 +341,15 @@ class PNE(ContrastMethod):
         group, _ = expand(drawn.groups.anchors, num_anchors)
         share = 1 / (drawn.groups.anchors.size * max(num_groups, 1))[group].to(ratios.dtype)
         sizes, weight = drawn.sizes.to(ratios.dtype), ratios.new_full((), self.weight * factor)
+        mean = (F.softplus(ratios) * share).sum()
+        wrong_and_groups = torch.stack([sizes.sum(), ratios.new_full((), num_groups)])
+        if self.across_processes and world_size() > 1:
+            mean = mean_over_processes(mean, wrong_and_groups[1])
+            wrong_and_groups = sum_over_processes(wrong_and_groups)
         if self.scale == "paper":
-            weight *= sizes.sum() / (self.samples_per_group * max(num_groups, 1))
-        loss = weight * (F.softplus(ratios) * share).sum()
+            wrong, groups = wrong_and_groups
+            weight *= wrong / (self.samples_per_group * groups.clamp(min=1))
+        loss = weight * mean
         statistics = {
             **skips,
             "groups": ratios.new_full((), num_groups),

@@ -16,11 +16,10 @@ from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from .distributed import process_share
+from .distributed import process_share, quotas_of_all
 
 Balance = Literal["class", "image_class"]
 
@@ -229,13 +228,9 @@ class BalancedSampler:
 
     def _quotas(self, counts: Tensor) -> Tensor:
         """How many pixels to draw from each group of this process: (S, K, B) -> (S, K, B)."""
-        if not (self.across_processes and dist.is_available() and dist.is_initialized()):
-            return self._balance(counts)
-        counts = counts.cpu()  # the only wait for the device, in this case
-        gathered: list[Tensor] = [counts] * dist.get_world_size()
-        dist.all_gather_object(gathered, counts)
-        quotas = self._balance(torch.cat(gathered, dim=2))
-        return quotas.split([part.shape[2] for part in gathered], dim=2)[dist.get_rank()]
+        if self.across_processes:
+            return quotas_of_all(counts, self._balance)
+        return self._balance(counts)
 
     def _balance(self, counts: Tensor) -> Tensor:
         """Applies the budgets: (S, K, B) pixel counts -> (S, K, B) quotas."""

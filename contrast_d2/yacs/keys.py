@@ -108,7 +108,9 @@ def add_contrast_config(cfg: CfgNode) -> None:
     cfg.SOLVER.ACCUMULATION_STEPS = 1  # batches per step; IMS_PER_BATCH is divided by it
     cfg.SOLVER.AMP.PRECISION = "fp16"  # or "bf16"
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 2
+    cfg.SOLVER.EMA_DECAY = None  # of an average of the weights, which is then evaluated
     cfg.LOG_PERIOD = 20
+    cfg.TIMEOUT_MINUTES = 30  # the longest wait of one process for another
     cfg.DETERMINISTIC = False  # the same bits whenever a run is repeated
     cfg.TEST.BEST_METRIC = "sem_seg/mIoU"  # model_best.pth is chosen by it
     cfg.TEST.NUM_WORKERS = 2

@@ -32,12 +32,14 @@ pixel = L(PixelContrast)(
         max_per_group=50,
         hard_share=0.5,
         rest="random",
+        across_processes="${..across_processes}",
     ),
     feature="p2",
     # The release's. In its settings 5000 of 40k iterations pass without contrast.
     weight=0.1,
     warmup_iters=5000,
     temperature=0.1,
+    across_processes=False,
 )
 
 pixel_memory = deepcopy(pixel)

@@ -21,4 +21,5 @@ pne = L(PNE)(
     # Of the map's pixels: 199 of 64x128 in the release.
     max_hard=199 / 8192,
     empty_negatives="anchors",
+    across_processes=False,
 )
