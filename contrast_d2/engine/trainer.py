@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,11 +14,15 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import TrainerBase, hooks
 from detectron2.utils import comm
+from fvcore.common.history_buffer import HistoryBuffer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Batch = list[dict[str, Any]]
+
+# Values of a metric; the log's estimate of the remaining time looks back so far.
+_REMEMBERED = 1000
 
 _AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -102,6 +107,11 @@ class Trainer(TrainerBase):
         # A resumed run with no step left would count one beyond its last.
         self.iter = min(self.iter, self.max_iter)
         super().after_train()
+
+    def before_train(self) -> None:
+        """Bounds what is remembered of every metric: detectron2 would keep a million values."""
+        self.storage._history.default_factory = partial(HistoryBuffer, max_length=_REMEMBERED)
+        super().before_train()
 
     def run_step(self) -> None:
         """One optimizer step."""

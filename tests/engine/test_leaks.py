@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from contrast_d2.data import SemSegMapper, build_test_loader, build_train_loader
 from contrast_d2.evaluation import SemSegEvaluator
 
+from .test_trainer import make
+
 ROOT = Path(__file__).parents[2]
 METHODS = ("ms_cs", "pixel", "pixel_memory", "contextrast", "pne")
 CLASSES = 4
@@ -87,6 +89,16 @@ def contrast_step(method: str) -> Callable[[], object]:
 def test_contrast_steps_leave_nothing(method: str) -> None:
     blocks, tensors = growth(contrast_step(method))
     assert tensors == 0 and blocks < SOME
+
+
+def test_training_remembers_few_values_of_a_metric() -> None:
+    trainer = make(batch_size=2)
+    trainer.train(0, 1100)
+    histories = trainer.storage.histories()
+    assert {"loss_sem_seg", "total_loss"} <= histories.keys()
+    for name, history in histories.items():
+        assert len(history.values()) == 1000, name
+        assert history.latest() == history.values()[-1][0] and history.values()[-1][1] == 1099
 
 
 def open_files() -> int:

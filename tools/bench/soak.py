@@ -172,7 +172,7 @@ def judged(watched: Sequence[Watched], periods: Periods) -> dict[str, Any]:
     training = [w for w in late if w.usage.processes == usual]
     axis = [w.iteration / 1000 for w in training]
     memory = growth(axis, [w.usage.mib for w in training])
-    time_growth = _time_growth(late)
+    time_growth = _time_growth(late, usual)
     handles = growth(axis, [w.usage.handles for w in training])
     # The fewest of the first and of the last third: what is left behind stays.
     third = len(late) // 3
@@ -231,17 +231,21 @@ def plot(results: dict[str, Any]) -> Figure:
     return figure
 
 
-def _time_growth(late: Sequence[Watched]) -> Growth:
-    """Growth of the processor time of an iteration, relative to its mean.
+def _time_growth(late: Sequence[Watched], usual: int) -> Growth:
+    """Growth of the processor time of an iteration, relative to its mean, between evaluations.
 
-    Evaluations included, which come at even distances. Wall-clock time would tell of whoever else
-    is on the machine.
+    Wall-clock time would tell of whoever else is on the machine.
     """
-    steps: list[Watched] = []
-    for w in late:  # one sample per logged iteration
-        if not steps or w.iteration > steps[-1].iteration:
-            steps.append(w)
-    pairs = list(zip(steps, steps[1:], strict=False))
+    pairs: list[tuple[Watched, Watched]] = []
+    last: Watched | None = None
+    for w in late:
+        if w.usage.processes != usual:
+            last = None
+        elif last is None:
+            last = w
+        elif w.iteration > last.iteration:
+            pairs.append((last, w))
+            last = w
     seconds = [
         (b.usage.cpu_seconds - a.usage.cpu_seconds) / (b.iteration - a.iteration) for a, b in pairs
     ]
