@@ -1,0 +1,51 @@
+"""No batch and no options make a method's loss or gradients other than finite, or leave a parameter
+without one. `tools/fuzz.py` looks longer."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from .fuzzing import BUILDERS, STRATEGIES, Batch, Case, run_case
+
+PROJECTOR = {"embed_dim": 2, "num_hidden": 0}
+# What has failed once.
+FOUND = [
+    # A map that gives contrast samples only, without a gradient: its head had none at all.
+    Case(
+        "multi_scale",
+        Batch(seed=0, num_classes=2),
+        PROJECTOR,
+        {
+            "scale_weights": {},
+            "cross_scale": [("res2", "res3", 1.0)],
+            "detach_contrast": True,
+        },
+        {"sampler": {"max_anchors": 100}},
+    ),
+]
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_method_stays_finite(name: str) -> None:
+    counted = [0, 0]
+
+    @settings(
+        max_examples=60,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(STRATEGIES[name])
+    def run(case: Case) -> None:
+        counted[run_case(case)] += 1
+
+    run()
+    # Cases without anything to contrast are part of it, and not all of it.
+    assert min(counted) >= 3
+
+
+@pytest.mark.parametrize("case", FOUND, ids=lambda case: case.method)
+def test_what_was_found_stays_mended(case: Case) -> None:
+    assert run_case(case)
