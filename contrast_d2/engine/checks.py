@@ -12,7 +12,13 @@ from torch import nn
 from ..data.datasets import check_registered
 
 # The least value of each.
-_PERIODS = (("checkpoint_period", 1), ("log_period", 1), ("eval_period", 0), ("max_iter", 1))
+_LEAST = (
+    ("max_iter", 1),
+    ("accumulation_steps", 1),
+    ("checkpoint_period", 1),
+    ("log_period", 1),
+    ("eval_period", 0),
+)
 
 
 def check_training(options: DictConfig) -> None:
@@ -24,7 +30,7 @@ def check_training(options: DictConfig) -> None:
     Raises:
         ValueError: a period, or a number of checkpoints, that is none.
     """
-    for name, least in _PERIODS:
+    for name, least in _LEAST:
         if options[name] < least:
             raise ValueError(f"train.{name}={options[name]}: needs at least {least}.")
     keep = options.checkpoints_to_keep

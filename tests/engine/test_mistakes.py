@@ -99,7 +99,7 @@ OVERRIDES = [
     (f"{CONTRAST}.projection=sparse", "needs one of ['dense', 'sampled']."),
     ("model.backbone=None", "model.backbone=None: needs a Backbone"),
     (f"{CROP}=64", "crop_size=64: needs a list."),
-    (f"{CROP}=[64]", "crop_size=[64]: needs "),
+    (f"{CROP}=[64]", "crop_size must be (height, width), two positive integers, got [64]"),
     ("optimizer.params.base_lr=abc", "optimizer.params.base_lr='abc': needs a number or None."),
     # Classes and datasets.
     ("dataset.num_classes=5", "dataset.num_classes=5, but shapes_sem_seg_train has 9 classes"),
