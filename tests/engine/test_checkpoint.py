@@ -85,6 +85,16 @@ def flip(path: Path, position: int, bit: int = 0) -> None:
     path.write_bytes(content)
 
 
+class MakesFolder:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.folder),)
+
+
 NEWEST = "model_0000005.pth"
 TAG = "last_checkpoint"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], int, str]] = {
@@ -100,6 +110,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], int, str]] = {
     "an empty name": (lambda f: (f / TAG).write_text(""), 5, f"{TAG} is empty"),
     "a torn name": (lambda f: (f / TAG).write_text("model_00"), 5, "model_00 cannot be used"),
     "bytes for a name": (lambda f: (f / TAG).write_bytes(b"\xff\0\xfe"), 5, "cannot be used"),
+    "code": (lambda f: torch.save({"model": MakesFolder(f / "made")}, f / NEWEST), 3, "damaged"),
     "two of three": (
         lambda f: (cut(f / NEWEST, 100), flip(f / "model_0000003.pth", 4000)),
         1,
@@ -116,6 +127,7 @@ def test_the_newest_whole_checkpoint_is_resumed_from(
     do(folder)
     checkpointer = checkpointer_of(folder)
     checkpointer.resume_or_load("", resume=True)
+    assert not (folder / "made").exists()
     assert checkpointer.checkpointables["trainer"].value == expected
     warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(warnings) == bool(said)

@@ -91,10 +91,13 @@ def test_mistakes_give_one_clear_line(main, weights: str, tmp_path: Path, capsys
     output = tmp_path / "model.onnx"
     other = tmp_path / "other.pth"
     torch.save({"model": {"backbone.other": torch.zeros(1)}}, other)
+    code = tmp_path / "code.pth"
+    torch.save({"model": Path(tmp_path)}, code)  # an object, which could be any
     for command, message in (
         (arguments(weights, tmp_path / "model.pt2"), "end in .onnx"),
         (arguments(str(tmp_path / "none.pth"), output), "none.pth: there is no such file"),
         (arguments(str(other), output), "other.pth"),
+        (arguments(str(code), output), "it holds objects, which can run code"),
         (arguments(weights, output, "--size", "0", "64"), "size=(0, 64)"),
         ([*arguments(weights, output), "model.backbon.name=x"], "model.backbon.name"),
     ):
