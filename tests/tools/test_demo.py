@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import runpy
+import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from fractions import Fraction
@@ -19,6 +22,7 @@ from contrast_d2.engine import load_config
 from contrast_d2.media import Video, VideoWriter
 
 ROOT = Path(__file__).parents[2]
+GUIDE = (ROOT / "docs/demo.md").read_text()
 CONFIG = str(ROOT / "configs/shapes/semfpn_r18_ms_cs_demo.py")
 OVERRIDES = [
     "model.backbone.name=test_resnet",
@@ -241,3 +245,41 @@ def test_networks_of_other_classes_are_not_compared(
     more = (frames / "a.png", "--compare", weights["second"])
     assert main(command(weights["first"], tmp_path / "out", *more)) == 1
     assert "have different classes" in capsys.readouterr().err
+
+
+def test_the_guide_runs(
+    main, weights, frames, labels, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its commands with a small network, and with files where it says that they are."""
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^python tools/demo.py (.+)$", GUIDE, re.MULTILINE)
+    assert len(commands) == 2
+    for line in commands:
+        arguments = shlex.split(line)
+        options = main.__globals__["_parser"]().parse_intermixed_args(arguments)
+        assert (ROOT / options.config_file).is_file()
+        if not options.compare:
+            continue
+        given = Path(options.inputs[0])
+        for folder in (given.parent, Path(options.labels)):
+            folder.mkdir(parents=True)
+        Image.open(frames / "a.png").save(given)
+        shutil.copy(labels / "a.png", Path(options.labels, given.stem + ".png"))
+        replaced = {
+            options.config_file: CONFIG,
+            options.weights: weights["first"],
+            options.compare: weights["second"],
+        }
+        arguments = [replaced.get(argument, argument) for argument in arguments]
+        assert main([*arguments, "--set", *OVERRIDES]) == 0
+        assert (tmp_path / f"output/pictures/{given.stem}_comparison.png").is_file()
+    (snippet,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
+    (tmp_path / "street.jpg").write_bytes((frames / "b.jpg").read_bytes())
+    load = main.__globals__["load_predictor"]
+    names = {"config_file": CONFIG, "weights": weights["first"]}
+    monkeypatch.setattr(
+        "contrast_d2.engine.predictor.load_predictor",
+        lambda config_file, path: load(config_file, path, OVERRIDES, device="cpu"),
+    )
+    exec(compile(snippet, "docs/demo.md", "exec"), names)
+    assert names["names"] == [names["predictor"].class_names[2]]
