@@ -46,6 +46,7 @@ from contrast_d2.embeddings import (
     ModelStudy,
     PixelSet,
     Suspect,
+    check_libraries,
     collect_pixels,
     is_projection,
     label_suspects,
@@ -132,6 +133,7 @@ def _run(options: argparse.Namespace) -> None:
     planes = options.planes.split(",")
     if unknown := [name for name in planes if name not in PLANES]:
         raise ValueError(f"--planes {options.planes}: {unknown[0]!r} is none of {list(PLANES)}.")
+    check_libraries(planes)
     weights = _named_files(options.weights)
     cfg = load_config(options.config_file, options.opts)
     check_classes(cfg)

@@ -16,7 +16,7 @@ from .metrics import (
 from .page import short_names, write_page
 from .pixels import PixelSet, collect_pixels
 from .planes import PLANE_TITLES, PLANES, pca_plane, tsne_plane, umap_plane
-from .study import ModelStudy, study_model
+from .study import ModelStudy, check_libraries, study_model
 from .suspects import Suspect, label_suspects
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "PixelSet",
     "Suspect",
     "alignment",
+    "check_libraries",
     "class_similarity",
     "collect_pixels",
     "find_neighbours",

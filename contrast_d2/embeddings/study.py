@@ -6,6 +6,7 @@ Shape letters: A pixels, D embedding width, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,22 @@ class ModelStudy(NamedTuple):
     votes: np.ndarray
     neighbour_class: np.ndarray
     planes: dict[str, np.ndarray]
+
+
+def check_libraries(planes: Sequence[str]) -> None:
+    """Looks for the libraries that a study with these planes needs, before any work is done.
+
+    Raises:
+        ImportError: one of them is not installed.
+    """
+    needed = {"sklearn": "scikit-learn"}
+    needed |= {"openTSNE": "openTSNE"} if "tsne" in planes else {}
+    needed |= {"umap": "umap-learn"} if "umap" in planes else {}
+    missing = [name for module, name in needed.items() if find_spec(module) is None]
+    if missing:
+        raise ImportError(
+            f"{' and '.join(missing)} missing: pip install 'contrast_d2[embeddings]'."
+        )
 
 
 def study_model(

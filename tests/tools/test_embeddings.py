@@ -14,6 +14,7 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
+from contrast_d2.embeddings import study
 from contrast_d2.engine import load_config
 from contrast_d2.segmentor import inference_state_dict
 
@@ -139,3 +140,15 @@ def test_mistakes_give_one_clear_line(main, weights, tmp_path: Path, capsys) -> 
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ") and message in line
     assert not output.exists() or not list(output.iterdir())
+
+
+def test_a_missing_library_is_told_before_any_work(
+    main, weights, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "find_spec", lambda module: None if module == "umap" else module)
+    output = tmp_path / "new"
+    more = ("--planes", "tsne,umap")
+    assert main(arguments(output, *more, files=[str(weights["method"])])) == 1
+    error = capsys.readouterr().err
+    assert error == "error: umap-learn missing: pip install 'contrast_d2[embeddings]'.\n"
+    assert not output.exists()
