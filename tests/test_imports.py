@@ -24,6 +24,7 @@ ALLOWED = {
     "decoders": {"structures"},
     "losses": {"structures"},
     "structures": set(),
+    "resources": set(),
     "solver": set(),
     "weights": set(),
     "data": {"html_page"},
