@@ -72,7 +72,7 @@ class ImageFile:
 
 
 class Video:
-    """A video file or a camera, decoded frame by frame; its sound is left out.
+    """A video file or a camera, decoded frame by frame and turned upright; its sound is left out.
 
     Args:
         path: of the file, or what FFmpeg calls the camera.
@@ -114,7 +114,9 @@ class Video:
                     ) from error
                 if frame is None:
                     return
-                yield Frame(f"{number:06d}", frame.to_ndarray(format="rgb24"))
+                # Telephones film sideways and note by how many degrees a player has to turn.
+                image = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+                yield Frame(f"{number:06d}", image)
                 number += 1
 
     def _open(self):

@@ -49,6 +49,12 @@ def test_seams_and_specks_are_left_out() -> None:
     assert [(r.top, r.bottom) for r in found] == [(0, 20), (80, 100)]
 
 
+def test_what_runs_out_of_the_image_is_no_seam() -> None:
+    first, second, _ = maps()
+    first[98:, 20:80] = 1
+    assert [region[:4] for region in differing_regions(first, second)] == [(98, 20, 100, 80)]
+
+
 def test_boxes_that_overlap_become_one() -> None:
     first, second, _ = maps()
     first[10:50, 10:16] = first[44:50, 10:60] = 1  # the two legs of an L

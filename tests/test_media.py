@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import sys
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from contrast_d2 import media
 from contrast_d2.media import ImageFile, Video, VideoWriter, find_sources, open_camera
 
 
@@ -56,6 +58,22 @@ def test_odd_sides_lose_a_pixel(tmp_path: Path) -> None:
         writer.write(shades(1, height=33, width=51)[0])
     (frame,) = Video(str(path), "odd")
     assert frame.image.shape == (32, 50, 3)
+
+
+def test_a_video_that_was_filmed_sideways_is_turned(tmp_path: Path) -> None:
+    path = str(tmp_path / "turned.mp4")
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=5)
+        stream.height, stream.width, stream.pix_fmt = 32, 48, "yuv420p"
+        stream.set_display_rotation(90)
+        frame = av.VideoFrame.from_ndarray(shades(1)[0], format="rgb24")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    (found,) = Video(path, "turned")
+    assert found.image.shape == (48, 32, 3)
+    # A quarter of a turn against the clock: the left side, which is red, comes to lie below.
+    red = found.image[:, :, 0].astype(int) - found.image[:, :, 2]
+    assert red[36].min() > 100 > 20 > abs(red[12]).max()
 
 
 def test_a_stop_leaves_a_video_of_the_frames_until_then(tmp_path: Path) -> None:
@@ -120,6 +138,16 @@ def test_a_camera_that_is_not_there_is_named() -> None:
     assert not os.path.exists("/dev/video97")
     with pytest.raises(ValueError, match="the camera /dev/video97 cannot be opened: No such file"):
         open_camera("97")
+
+
+def test_a_camera_is_read_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A device of FFmpeg that draws its pictures itself, and is opened as a camera is.
+    monkeypatch.setitem(media._CAMERA_FORMATS, sys.platform, "lavfi")
+    camera = open_camera("testsrc=size=64x48:rate=10")
+    assert (camera.name, camera.frame_rate, len(camera)) == ("webcam", 10, 0)
+    frames = list(islice(camera, 25))
+    assert [frame.name for frame in frames][-1] == "000024"
+    assert frames[0].image.shape == (48, 64, 3) and (frames[0].image != frames[24].image).any()
 
 
 def test_without_pyav_it_says_what_to_install(video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
