@@ -9,8 +9,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 READY := $(VENV)/.ready
 BUSY := $(VENV)/.busy
 DEMO := output/demo
+DOCS := output/docs
 
-.PHONY: help setup demo test bench lint format audit clean
+.PHONY: help setup demo test bench lint format types docs audit clean
 
 help:
 	@echo "make setup    create .venv with everything that the demo and the tests need"
@@ -19,6 +20,8 @@ help:
 	@echo "make bench    measure speed and memory, rewrite results/performance_* and their tables"
 	@echo "make lint     check the code with ruff;  make format  rewrites it"
 	@echo "make audit    look the pinned packages up among the known vulnerabilities (needs the network)"
+	@echo "make types    check the types of the package with pyright"
+	@echo "make docs     build docs/ as HTML, with the API reference, as $(DOCS)/docs/index.html"
 	@echo "make clean    remove .venv, caches and the demo's output"
 	@echo "PYTHON=python3.12 chooses the interpreter (now: $(PYTHON))"
 

@@ -163,7 +163,7 @@ def last_scores(run_dir: str | Path, metrics: Metrics) -> RunScores | None:
     """Find the scores of a run's last evaluation.
 
     Args:
-        run_dir: the run; its newest inference/**/sem_seg_evaluation.json is read.
+        run_dir: the run; its newest `inference/**/sem_seg_evaluation.json` is read.
         metrics: what `read_metrics` gives, used when there is no such file.
 
     Returns:
