@@ -27,7 +27,7 @@ class Entry(NamedTuple):
     """One entry of a legend."""
 
     name: str
-    color: str | tuple[int, int, int]
+    color: str | tuple[int, ...]
     weight: float
     """Where there is no room for all entries, those with the most weight are shown."""
     is_box: bool = False
@@ -75,7 +75,7 @@ def class_entries(
         names: K names.
         colors: K RGB triples in 0..255.
     """
-    counts = sum(np.bincount(ids.ravel(), minlength=256) for ids in maps)
+    counts = np.sum([np.bincount(ids.ravel(), minlength=256) for ids in maps], axis=0)
     return [
         Entry(names[k], tuple(colors[k]), float(counts[k])) for k in range(len(names)) if counts[k]
     ]

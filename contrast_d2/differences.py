@@ -5,7 +5,7 @@ Shape letters: H W the image, R regions.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -168,7 +168,7 @@ def _check_sizes(first: np.ndarray, second: np.ndarray, labels: np.ndarray | Non
         raise ValueError(f"sizes (height, width) differ: {sizes}; resize them to the image first")
 
 
-def _ndimage():
+def _ndimage() -> Any:
     try:
         from scipy import ndimage
     except ImportError as error:

@@ -10,8 +10,8 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from types import ModuleType, TracebackType
-from typing import NamedTuple, Protocol
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -34,18 +34,6 @@ class Frame(NamedTuple):
     """Of the image file without ending; of a video, the number of the frame."""
     image: np.ndarray
     """(H, W, 3) uint8, RGB."""
-
-
-class Source(Protocol):
-    """What frames come from."""
-
-    name: str
-    """For the names of what is made of it."""
-
-    def __len__(self) -> int:
-        """Number of frames; 0 where it is not known."""
-
-    def __iter__(self) -> Iterator[Frame]: ...
 
 
 class ImageFile:
@@ -93,6 +81,7 @@ class Video:
             self._length = 0 if camera_format else stream.frames
 
     def __len__(self) -> int:
+        """Number of frames; 0 where it is not known, as of a camera."""
         return self._length
 
     def __iter__(self) -> Iterator[Frame]:
@@ -119,7 +108,7 @@ class Video:
                 yield Frame(f"{number:06d}", image)
                 number += 1
 
-    def _open(self):
+    def _open(self) -> Any:
         av = _pyav()
         try:
             container = av.open(self.path, format=self._camera_format)
@@ -150,7 +139,7 @@ class VideoWriter:
     def __init__(self, path: str, frame_rate: Fraction) -> None:
         self._container = _pyav().open(path, "w", format="mp4")
         self._frame_rate = frame_rate
-        self._stream = None
+        self._stream: Any = None
 
     def write(self, image: np.ndarray) -> None:
         """Appends a frame.
@@ -246,7 +235,7 @@ def _ends(path: str, suffixes: tuple[str, ...]) -> bool:
     return path.lower().endswith(suffixes) and not os.path.basename(path).startswith(".")
 
 
-def _pyav() -> ModuleType:
+def _pyav() -> Any:
     try:
         import av
     except ImportError as error:

@@ -5,7 +5,7 @@ Shape letters: K classes, H W the image.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,9 @@ class Predictor:
         height, width = image.shape[:2]
         sample = T.AugInput(image)
         self.mapper.augmentations(sample)
-        pixels = sample.image if self.mapper.image_format == "RGB" else sample.image[:, :, ::-1]
+        pixels: Any = sample.image
+        if self.mapper.image_format == "BGR":
+            pixels = pixels[:, :, ::-1]
         # np.array copies: frames and augmentations may be read-only or negatively strided views.
         tensor = torch.from_numpy(np.array(pixels.transpose(2, 0, 1), order="C"))
         (output,) = self.model([{"image": tensor, "height": height, "width": width}])
@@ -96,10 +98,10 @@ def load_predictor(
     _forget_starting_weights(cfg.model)
     if "contrast" in cfg.model:
         cfg.model.contrast = None
-    protocol: Callable[[nn.Module], nn.Module] = (
+    protocol: Any = (
         instantiate(OmegaConf.select(cfg, "dataloader.inference")) or InferenceProtocol()
     )
-    model = instantiate(cfg.model)
+    model: Any = instantiate(cfg.model)
     allow_pickle = bool(OmegaConf.select(cfg, "train.allow_pickle"))
     Checkpointer(model, allow_pickle=allow_pickle).load_for_inference(weights)
     return Predictor(protocol(model.to(place).eval()).eval(), mapper, name)
@@ -138,7 +140,8 @@ def _test_data(cfg: DictConfig, config_file: str) -> tuple[str, SemSegMapper]:
         )
     if "cache_dir" in test.mapper:
         test.mapper.cache_dir = None
-    return name, instantiate(test.mapper)
+    mapper: Any = instantiate(test.mapper)
+    return name, mapper
 
 
 def _forget_starting_weights(config: DictConfig | ListConfig) -> None:
@@ -150,7 +153,7 @@ def _forget_starting_weights(config: DictConfig | ListConfig) -> None:
 
 def _nodes(config: DictConfig | ListConfig) -> Iterator[DictConfig | ListConfig]:
     yield config
-    keys = config if isinstance(config, DictConfig) else range(len(config))
+    keys: Any = config if isinstance(config, DictConfig) else range(len(config))
     for key in keys:
         if OmegaConf.is_config(config[key]):
             yield from _nodes(config[key])

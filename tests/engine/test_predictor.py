@@ -122,5 +122,5 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         load_predictor(CONFIG, weights, [*OVERRIDES, "model.sem_seg_head.conv_dims=64"])
     with pytest.raises(ValueError, match="has no dataloader.test"):
         path = tmp_path / "bare.yaml"
-        path.write_text("model: {_target_: torch.nn.Identity}\n")
+        path.write_text("{model: {}, dataset: {}, train: {}, dataloader: {test: {dataset: x}}}\n")
         load_predictor(str(path), weights)
