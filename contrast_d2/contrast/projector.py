@@ -139,7 +139,8 @@ class Projector(nn.Sequential):
                 rows = F.linear(rows, layer.weight.flatten(1), layer.bias)
             elif isinstance(layer, _BatchNorm):
                 found = next(given) if statistics else _over_processes(layer, _of_rows(rows, valid))
-                rows = _batch_norm(layer, rows, found)
+                # What pads the draw may lie far from the others, in their deviations, and overflow.
+                rows = _batch_norm(layer, rows, found).where(valid[:, None], 0)
             else:
                 rows = layer(rows)
         return rows

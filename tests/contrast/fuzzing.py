@@ -36,9 +36,6 @@ STRIDES = {"res2": 2, "res3": 4, "res4": 8}
 _LARGEST_EXPONENT = {"fp64": 20, "fp32": 20, "bf16": 20, "fp16": 3}
 # Of features that PyTorch's norm layers take: their variances are in fp32.
 _LARGEST_TO_NORMALISE = 15
-# Gradients of fp16 layers may overflow at any fixed loss scale, and the loss scaler then comes down:
-# a batch norm over two equal vectors multiplies them by 300, and long features by their length.
-_LOSS_SCALE = {"fp16": 2.0**-16}
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -485,8 +482,7 @@ def run_case(case: Case) -> bool:
             assert loss.shape == () and loss.isfinite(), f"{name} = {loss}"
         counted |= any(loss.item() > 0 for loss in losses.values())
         method.zero_grad()
-        total = torch.stack([loss.double() for loss in losses.values()]).sum()
-        (total * _LOSS_SCALE.get(batch.precision, 1.0)).backward()
+        torch.stack([loss.double() for loss in losses.values()]).sum().backward()
         for name, parameter in method.named_parameters():
             assert parameter.grad is not None, f"no gradient of {name}"
             assert parameter.grad.isfinite().all(), f"gradient of {name}"

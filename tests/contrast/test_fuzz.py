@@ -23,6 +23,29 @@ FOUND = [
         },
         {"sampler": {"max_anchors": 100}},
     ),
+    # Rows that pad a draw, far from its two equal vectors: infinite in fp16, and gradients nan.
+    Case(
+        "multi_scale",
+        Batch(
+            seed=0,
+            num_classes=2,
+            height=24,
+            width=24,
+            layout="noise",
+            ignored=0.99,
+            exponent=3,
+            precision="fp16",
+        ),
+        {"embed_dim": 1, "num_hidden": 1, "norm": "batch", "order": "relu_norm"},
+        {
+            "scale_weights": {"res2": 0.001},
+            "cross_scale": [("res2", "res3", 0.001), ("res2", "res4", 0.001)],
+            "temperature": 0.01,
+            "projection": "sampled",
+            "norm_statistics": "draw",
+        },
+        {"sampler": {"max_anchors": 4, "floor": 0, "fixed_size": True}},
+    ),
 ]
 
 
