@@ -76,5 +76,12 @@ audit:
 	@[ -x .audit/bin/pip-audit ] || { $(PYTHON) -m venv .audit && .audit/bin/pip install -q pip-audit; }
 	.audit/bin/pip-audit --no-deps --disable-pip --strict -r requirements/pinned.txt
 
+types: $(READY)
+	$(BIN)/basedpyright
+
+# Warnings, such as a link to nowhere, are errors; -E reads all pages anew.
+docs: $(READY)
+	$(BIN)/python -m sphinx -q -W --keep-going -E -b html -c docs . $(DOCS)
+
 clean:
-	rm -rf $(VENV) .audit $(DEMO) build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) .audit $(DEMO) $(DOCS) build *.egg-info .pytest_cache .ruff_cache
