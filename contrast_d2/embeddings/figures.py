@@ -36,7 +36,9 @@ def plot_planes(
     """
     size = 4.6
     present = np.unique(labels)
-    rows = -(-len(present) // (4 * len(planes)))
+    entries = [f"{class_names[k]} ({(labels == k).sum()})" for k in present]
+    columns = max(1, int(size * len(planes) / (0.4 + 0.075 * max(map(len, entries)))))
+    rows = -(-len(present) // columns)
     height = size + 0.5 + 0.24 * rows
     figure = Figure(
         figsize=(size * len(planes), height), dpi=120, facecolor="white", layout="constrained"
@@ -61,14 +63,14 @@ def plot_planes(
             markeredgecolor=MUTED,
             markeredgewidth=0.3,
             markerfacecolor=np.asarray(colors[k]) / 255,
-            label=f"{class_names[k]} ({(labels == k).sum()})",
+            label=entry,
         )
-        for k in present
+        for k, entry in zip(present, entries, strict=True)
     ]
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=4 * len(planes),
+        ncols=columns,
         frameon=False,
         fontsize=8.5,
         labelcolor=TEXT,

@@ -230,7 +230,7 @@ def uniformity(embeddings: np.ndarray, temperature: float = 2.0) -> float:
 
     Args:
         embeddings: (A, D) unit vectors.
-        temperature: t of exp(-t |a - b|^2), above 0.
+        temperature: t of `exp(-t |a - b|^2)`, above 0.
 
     Returns:
         At most 0, where all are one point; nan for less than two pixels.

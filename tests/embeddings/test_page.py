@@ -95,6 +95,18 @@ def test_a_figure_has_a_panel_per_model_and_the_classes_that_occur() -> None:
         np.testing.assert_allclose(dots.get_facecolors()[i][:3], np.array(COLORS[2]) / 255)
 
 
+def test_a_legend_of_many_long_names_stays_within_the_figure() -> None:
+    names = [f"a class with a long name {k}" for k in range(40)]
+    labels = np.arange(40)
+    planes = {"a": np.random.default_rng(0).normal(size=(40, 2))}
+    figure = plot_planes(planes, labels, [(k, k, k) for k in range(40)], names)
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+    # The plane keeps its room.
+    assert figure.axes[0].get_window_extent().height > 350
+
+
 def test_similarities_share_one_scale() -> None:
     matrices = {"a": np.array([[0.9, 0.2], [0.2, np.nan]]), "b": np.full((2, 2), 0.5)}
     figure = plot_class_similarity(matrices, ["x", "y"])
