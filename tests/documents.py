@@ -64,7 +64,7 @@ def commands_in_text(path: Path) -> Iterator[Command]:
     text = _BLOCK.sub("", path.read_text())
     for code in _INLINE.findall(text):
         words = " ".join(code.split())
-        if re.match(r"(python (train_net\.py|tools/)|contrast-d2 \w|make \w|pip install )", words):
+        if re.match(r"(python (train_net\.py|tools/)|contrast-d2 [a-z]|make [a-z]|pip install )", words):
             try:
                 yield Command(path.relative_to(ROOT).as_posix(), shlex.split(words))
             except ValueError as error:
