@@ -13,6 +13,9 @@ PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("python", "contrast-d2", "torchrun", "make", "pip")
 
 _BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_SPOKEN_OF = re.compile(
+    r"(python (train_net\.py|tools/)|contrast-d2 [a-z]|make [a-z]|pip install )"
+)
 _INLINE = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 
 
@@ -64,7 +67,7 @@ def commands_in_text(path: Path) -> Iterator[Command]:
     text = _BLOCK.sub("", path.read_text())
     for code in _INLINE.findall(text):
         words = " ".join(code.split())
-        if re.match(r"(python (train_net\.py|tools/)|contrast-d2 [a-z]|make [a-z]|pip install )", words):
+        if _SPOKEN_OF.match(words):
             try:
                 yield Command(path.relative_to(ROOT).as_posix(), shlex.split(words))
             except ValueError as error:
