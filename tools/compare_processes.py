@@ -141,11 +141,11 @@ def _two_machines(how: str, processes: int, folder: str) -> tuple[str, float]:
         start(f"die, {processes}, 2, {machine}, {url!r}, ({how!r}, {folder!r})")
         for machine in (0, 1)
     ]
-    messages = [job.communicate()[1].strip().splitlines()[-1] for job in jobs]
-    ended = time.time()
+    outputs = [job.communicate() for job in jobs]
     if any(job.returncode != 1 for job in jobs):
         raise RuntimeError(f"exit statuses {[job.returncode for job in jobs]}")
-    return messages[0].removeprefix("error: "), ended
+    messages = [errors.strip().splitlines()[-1] for _, errors in outputs]
+    return messages[0].removeprefix("error: "), max(float(ended) for ended, _ in outputs)
 
 
 if __name__ == "__main__":

@@ -63,18 +63,21 @@ REASONS = {
 
 
 def start(arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Another process that calls `launch(<arguments>)` of functions of this module."""
+    """Another process that calls `launch(<arguments>)` of functions of this module, and then writes
+    the time: on a busy machine the end of an interpreter takes longer than all else."""
     code = (
-        "import sys\n"
+        "import sys, time\n"
         "from contrast_d2.engine import ProcessFailedError, launch\n"
         "from tests.engine.dying import die, report\n"
         f"try:\n    launch({arguments})\n"
         "except (ProcessFailedError, ValueError) as error:\n    sys.exit(f'error: {error}')\n"
+        "finally:\n    print(time.time())\n"
     )
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -67,7 +67,7 @@ def test_a_process_that_hangs_is_given_up_after_the_timeout(tmp_path: Path) -> N
 def test_two_machines_know_each_other(tmp_path: Path) -> None:
     url = f"tcp://127.0.0.1:{free_port()}"
     machines = [start(f"report, 1, 2, {m}, {url!r}, ({str(tmp_path)!r},)") for m in (1, 0)]
-    assert [machine.wait(timeout=200) for machine in machines] == [0, 0]
+    assert [machine.wait(timeout=500) for machine in machines] == [0, 0]
     for rank in (0, 1):
         lines = (tmp_path / str(rank)).read_text().splitlines()
         assert lines[:2] == [f"{rank} of 2", "local 0 of 1"]
@@ -78,11 +78,12 @@ def test_a_death_on_one_machine_is_told_on_all(tmp_path: Path) -> None:
     url = f"tcp://127.0.0.1:{free_port()}"
     machines = [start(f"die, 1, 2, {m}, {url!r}, ('killed', {str(tmp_path)!r})") for m in (0, 1)]
     for machine in machines:
-        _, errors = machine.communicate(timeout=200)
+        ended, errors = machine.communicate(timeout=500)
         assert machine.returncode == 1
         line = f"error: rank 1 of 2 on {host_name()}: {REASONS['killed']}"
         assert errors.strip().splitlines()[-1] == line
-    assert time.time() - float((tmp_path / "time").read_text()) < BOUND_BETWEEN_MACHINES
+        died = float((tmp_path / "time").read_text())
+        assert float(ended) - died < BOUND_BETWEEN_MACHINES
 
 
 @pytest.mark.slow
@@ -93,8 +94,8 @@ def test_machines_stop_when_the_first_launcher_is_killed(tmp_path: Path) -> None
         time.sleep(0.1)
     machines[0].kill()
     killed = time.time()
-    _, errors = machines[1].communicate(timeout=200)
-    assert machines[1].returncode == 1 and time.time() - killed < BOUND_BETWEEN_MACHINES
+    ended, errors = machines[1].communicate(timeout=500)
+    assert machines[1].returncode == 1 and float(ended) - killed < BOUND_BETWEEN_MACHINES
     last = errors.strip().splitlines()[-1]
     assert last.startswith(f"error: the launcher of machine 0, at {url}, is no longer there")
     machines[0].communicate()
@@ -124,7 +125,7 @@ def test_processes_of_torchrun_join_its_group(tmp_path: Path) -> None:
         start(f"report, 1, args=({str(tmp_path)!r},)", **torchrun_environment(rank, port))
         for rank in (0, 1)
     ]
-    assert [rank.wait(timeout=200) for rank in ranks] == [0, 0]
+    assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
     assert (tmp_path / "0").read_text().splitlines()[-1] == "['hello from 0', 'hello from 1']"
     assert (tmp_path / "1").read_text().splitlines()[:2] == ["1 of 2", "local 1 of 2"]
 
