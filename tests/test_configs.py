@@ -40,6 +40,7 @@ OF_PAPERS = [path for path in FILES if path not in OWN]
 ARCHITECTURES = {
     "configs/cadis/ocr_r50_ms_cs_task2_50ep.py": "resnet18",
     "configs/camvid/semfpn_r18_ms_cs_6k.py": "resnet18",
+    "configs/camvid/semfpn_r18_ms_cs_pyramid_6k.py": "resnet18",
     "configs/camvid/semfpn_r18_pixel_6k.py": "resnet18",
     "configs/camvid/semfpn_r18_pne_6k.py": "resnet18",
     "configs/camvid/semfpn_swin_tiny_ms_cs_6k.py": "swin_tiny_patch4_window7_224",
@@ -67,6 +68,7 @@ TERMS = {
         *("ms_cs_res2_res5", "ms_cs_res2_res4"),
         *("contextrast_res2", "contextrast_res3", "contextrast_res4", "contextrast_res5"),
     ],
+    "ms_cs_pyramid": ["p2", "p3", "p4", "p5", "p2_p5", "p2_p4"],
     "pixel": ["p2"],
     "pixel_boundary": ["p2"],
     "pixel_memory": ["p2"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import statistics
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,9 @@ from ..weights import averaged_weights, read_weights
 
 Metrics = dict[int, dict[str, float]]
 
+# What the processes of a run took, noted by what has started them: {"peak_host_mib": MiB}.
+RESOURCES_FILE = "resources.json"
+
 
 class RunScores(NamedTuple):
     """The scores of a run's last evaluation.
@@ -28,6 +33,19 @@ class RunScores(NamedTuple):
 
     dataset: str
     scores: dict[str, float]
+
+
+class RunCost(NamedTuple):
+    """What a run took.
+
+    Attributes:
+        seconds_per_step: median time of a training step, evaluations left out; None if not logged.
+        peak_memory_mib: the most memory that it had at a time: of its GPU where it has trained on
+            one, else of its process; None where nobody noted it.
+    """
+
+    seconds_per_step: float | None
+    peak_memory_mib: float | None
 
 
 def read_metrics(path: str | Path) -> Metrics:
@@ -187,6 +205,23 @@ def last_scores(run_dir: str | Path, metrics: Metrics) -> RunScores | None:
         if name.startswith(prefix)
     }
     return RunScores(read_config(run_dir).dataloader.test.dataset, scores)
+
+
+def run_cost(run_dir: str | Path, metrics: Metrics) -> RunCost:
+    """Finds what a run took.
+
+    Args:
+        run_dir: the run; its log.txt tells the memory of a GPU, resources.json that of a process.
+        metrics: what `read_metrics` gives.
+    """
+    seconds = [values["time"] for values in metrics.values() if "time" in values]
+    log, note = Path(run_dir, "log.txt"), Path(run_dir, RESOURCES_FILE)
+    # detectron2 writes it on a GPU only.
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    peaks = [float(peak) for peak in re.findall(r"max_mem: (\d+)M", text)]
+    if not peaks and note.is_file():
+        peaks = [json.loads(note.read_text())["peak_host_mib"]]
+    return RunCost(statistics.median(seconds) if seconds else None, max(peaks, default=None))
 
 
 def _with_nan(scores: Mapping[str, float | None]) -> dict[str, float]:

@@ -21,7 +21,9 @@ from contrast_d2.yacs import add_contrast_config
 
 ROOT = Path(__file__).parents[2]
 CAMVID = ROOT / "configs/camvid"
-FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+FILES = sorted(
+    path for path in (ROOT / "configs").rglob("*.yaml") if path.parent.name != "ablations"
+)
 PAIRS = [path for path in FILES if path.with_suffix(".py").exists()]
 MS_CS = str(CAMVID / "semfpn_r18_ms_cs_6k.yaml")
 OFFLINE = ["MODEL.TIMM.PRETRAINED", "False"]
