@@ -6,6 +6,7 @@ from .contextual import Contextrast
 from .gather import gather_embeddings, gather_pixels
 from .hard_sampling import HardAnchorSampler
 from .info_nce import info_nce
+from .inspection import DrawnPixels, Inspection, Similarities
 from .memory import MemoryBank
 from .method import ContrastMethod, Warmup
 from .multiscale import MultiScaleContrast
@@ -26,7 +27,9 @@ __all__ = [
     "ContrastMethod",
     "ContrastOutput",
     "ContrastSum",
+    "DrawnPixels",
     "HardAnchorSampler",
+    "Inspection",
     "MemoryBank",
     "MultiScaleContrast",
     "MultiScaleProjector",
@@ -35,6 +38,7 @@ __all__ = [
     "Projector",
     "RolePairs",
     "SemiHardPairs",
+    "Similarities",
     "SimilarityStatistics",
     "Warmup",
     "boundary_negatives",

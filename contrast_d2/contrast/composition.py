@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .inspection import Inspection
 from .method import ContrastMethod
 from .output import ContrastOutput
 
@@ -48,6 +49,7 @@ class ContrastSum(nn.Module):
         _check_methods(methods)
         self.weights = _complete_weights(weights or {}, list(methods))
         self.methods = nn.ModuleDict(methods)
+        self._inspection: Inspection | None = None
         # By method and map: the method whose head projects the map. Names, unlike modules, are the
         # same in a copy.
         self._head_of: dict[tuple[str, str], str] = {}
@@ -63,6 +65,17 @@ class ContrastSum(nn.Module):
     def _first_with(self, feature: str) -> str | None:
         """The method that brought the head of a map, among those seen so far."""
         return next((own for (_, other), own in self._head_of.items() if other == feature), None)
+
+    @property
+    def inspection(self) -> Inspection | None:
+        """What all methods fill, each under its name, as `ContrastMethod.inspection`."""
+        return self._inspection
+
+    @inspection.setter
+    def inspection(self, inspection: Inspection | None) -> None:
+        self._inspection = inspection
+        for name, method in self.methods.items():
+            method.inspection = None if inspection is None else inspection.named(name)
 
     def forward(
         self,

@@ -26,10 +26,11 @@ from .class_anchors import (
 from .contextual_plus import AdaptiveFusion, AnchorMemory
 from .distributed import world_size
 from .info_nce import info_nce
+from .inspection import MOST_PAIRS, Inspection, evenly_spread
 from .method import ContrastMethod, Warmup, connected_zero
 from .output import ContrastOutput
 from .projector import MultiScaleProjector
-from .sampling import predicted_labels
+from .sampling import PixelDraw, predicted_labels
 
 Negatives = Literal["other_classes", "false_positives", "own_class"]
 Fusion = Literal["static", "adaptive"]
@@ -193,6 +194,10 @@ class Contextrast(ContrastMethod):
                 f"{None if logits is None else tuple(logits.shape)}."
             )
         factor = self.warmup()
+        if self.inspection is not None:
+            self.inspection.begin(labels, logits)
+            if self.memory is not None:
+                self.inspection.add_bank_fill("anchors", self.memory.fill_by_class())
         with torch.autocast(labels.device.type, enabled=False):
             if factor == 0:
                 return self._without_contrast(maps, labels)
@@ -272,6 +277,17 @@ class Contextrast(ContrastMethod):
             )
             negative_BKP = self._negatives(pixels, errors, generator)
             similarity_BKP = self._similarities(anchors_IKD[i], pixels)
+            if self.inspection is not None:
+                self.inspection.add_anchor_pixels(name, own.counts[i])
+                self._inspect(
+                    self.inspection,
+                    name,
+                    pixels,
+                    errors,
+                    own.exists[i],
+                    similarity_BKP,
+                    negative_BKP,
+                )
             similarities.append(similarity_BKP)
             # Finite, so that a log-sum-exp over no negatives has a gradient of 0 and not one that
             # depends on how -inf - -inf is treated.
@@ -301,6 +317,30 @@ class Contextrast(ContrastMethod):
             )
             losses[name] = processes * weight * loss
         return losses, statistics
+
+    def _inspect(
+        self,
+        inspection: Inspection,
+        layer: str,
+        pixels: LayerPixels,
+        errors: BoundaryPixels,
+        exists_K: Tensor,
+        similarity_BKP: Tensor,
+        negative_BKP: Tensor,
+    ) -> None:
+        """Notes the negatives of a layer, and how similar pixels are to the anchors."""
+        label_map = pixels.label_map.flatten(1).long()
+        image, pixel = errors.selected.flatten(1).nonzero(as_tuple=True)
+        draw = PixelDraw(image, pixel, label_map[image, pixel], None)
+        inspection.add_draw(layer, "boundary negatives", tuple(pixels.label_map.shape[-2:]), draw)
+        classes = exists_K.nonzero()[:, 0]
+        labels = label_map.flatten()
+        used = evenly_spread(pixels.of_class.any(dim=1).flatten(), MOST_PAIRS // self.num_classes)
+        cosines, positive, negative = (
+            x.transpose(0, 1).flatten(1)[classes][:, used]
+            for x in (similarity_BKP.detach() * self.temperature, pixels.of_class, negative_BKP)
+        )
+        inspection.add_similarities(layer, cosines, positive, negative, classes, labels[used])
 
     def _similarities(self, anchors_KD: Tensor, pixels: LayerPixels) -> Tensor:
         """Products of anchors and unit vectors, over the temperature, (B, K, P)."""

@@ -115,6 +115,9 @@ class AnchorMemory(nn.Module):
         if size < 1:
             raise ValueError(f"AnchorMemory(size={size}): needs at least 1 anchor per class.")
         self.size = size
+        self.anchors: Tensor
+        self.pointers: Tensor
+        self.fills: Tensor
         self.register_buffer("anchors", torch.zeros(num_classes, size, embed_dim))
         self.register_buffer("pointers", torch.zeros(num_classes, dtype=torch.int64))
         self.register_buffer("fills", torch.zeros(num_classes, dtype=torch.int64))
@@ -137,6 +140,10 @@ class AnchorMemory(nn.Module):
         classes = torch.arange(len(self.fills), device=self.fills.device)
         labels_KM = torch.where(taken_KM, classes[:, None], -1)
         return self.anchors.flatten(0, 1), labels_KM.flatten()
+
+    def fill_by_class(self) -> Tensor:
+        """Share of the slots of each class that are filled, (K,)."""
+        return self.fills / self.size
 
     @torch.no_grad()
     def push(self, anchors: Tensor, exists: Tensor) -> None:

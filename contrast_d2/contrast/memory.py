@@ -108,6 +108,11 @@ class MemoryBank(nn.Module):
         self.pixels_per_image = pixels_per_image
         sizes = torch.tensor([[regions_per_class], [pixels_per_class]]).repeat(1, num_classes)
         num_slots = num_classes * (regions_per_class + pixels_per_class)
+        self.keys: Tensor
+        self.pointers: Tensor
+        self.filled: Tensor
+        self.sizes: Tensor
+        self.first: Tensor
         for name, buffer, is_state in (
             # All region rings, class by class, then all pixel rings.
             ("keys", torch.zeros(num_slots, embed_dim, dtype=_DTYPES[dtype]), True),
@@ -148,6 +153,12 @@ class MemoryBank(nn.Module):
     def fill_fraction(self) -> Tensor:
         """Share of the slots that are filled, 0-dim."""
         return self.filled.sum() / len(self.keys)
+
+    def fill_by_class(self) -> dict[str, Tensor]:
+        """Share of the slots of each class that are filled, (K,), by kind of key."""
+        shares = dict(zip(("regions", "pixels"), self.filled / self.sizes, strict=True))
+        slots = {"regions": self.regions_per_class, "pixels": self.pixels_per_class}
+        return {kind: share for kind, share in shares.items() if slots[kind] > 0}
 
     @torch.no_grad()
     def enqueue(

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from .inspection import Inspection
 from .output import ContrastOutput
 from .projector import MultiScaleProjector
 
@@ -22,10 +23,15 @@ class ContrastMethod(nn.Module):
 
     Args:
         projector: heads for the feature maps that the method taps.
+
+    Attributes:
+        inspection: filled by each step with what it drew and how similar that is; None, as at
+            first, for nothing of the kind.
     """
 
     def __init__(self, projector: MultiScaleProjector) -> None:
         super().__init__()
+        self.inspection: Inspection | None = None
         self.projector = projector
 
     @property

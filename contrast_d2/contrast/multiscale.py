@@ -16,6 +16,7 @@ from .boundary import BoundaryNegatives
 from .distributed import gather_set, sum_over_processes, world_size
 from .gather import gather_pixels, unit_vectors
 from .info_nce import PRODUCTS, Products, info_nce
+from .inspection import Inspection
 from .method import ContrastMethod, connected_zero
 from .output import ContrastOutput
 from .pairs import RolePairs
@@ -212,6 +213,9 @@ class MultiScaleContrast(ContrastMethod):
         negative_draws: list[PixelDraw] | list[None] = [None] * len(draws)
         if self.negatives is not None:
             negative_draws = _draw_negatives(self.negatives, label_maps, logits, generator)
+        if self.inspection is not None:
+            self.inspection.begin(labels, logits)
+            self._inspect(self.inspection, maps, draws, negative_draws)
         anchors: dict[str, Anchors] = {}
         negatives: dict[str, Anchors] = {}
         for name, draw, negative_draw in zip(maps, draws, negative_draws, strict=True):
@@ -238,6 +242,14 @@ class MultiScaleContrast(ContrastMethod):
             target = contrast_sets[term.contrast or term.anchors]
             loss = self._term_loss(term, source, target)
             losses[f"loss_contrast_{term.name}"] = term.weight * loss
+            if self.inspection is not None:
+                self.inspection.add_pairs(
+                    term.name,
+                    source[:2],
+                    target[:2],
+                    holds_anchors=term.contrast is None,
+                    num_positives=target.num_positives,
+                )
         return ContrastOutput(losses, self._statistics(sums, contrast_sums, negative_sums))
 
     def _embed(self, name: str, pixels: Tensor, draw: PixelDraw) -> Tensor:
@@ -287,6 +299,22 @@ class MultiScaleContrast(ContrastMethod):
             count = self._num_averaged(term, source, target)
             loss = loss * count * world_size() / sum_over_processes(count).clamp(min=1)
         return loss
+
+    def _inspect(
+        self,
+        inspection: Inspection,
+        maps: Mapping[str, Tensor],
+        draws: Sequence[PixelDraw],
+        negative_draws: Sequence[PixelDraw | None],
+    ) -> None:
+        """Notes what was drawn from each map."""
+        for (name, pixels), anchors, negatives in zip(
+            maps.items(), draws, negative_draws, strict=True
+        ):
+            size = tuple(pixels.shape[-2:])
+            inspection.add_draw(name, "anchors", size, anchors)
+            if negatives is not None:
+                inspection.add_draw(name, "boundary negatives", size, negatives)
 
     def _num_averaged(self, term: _Term, source: Anchors, target: _ContrastSet) -> Tensor:
         """How many anchors the mean of a term runs over, 0-dim."""

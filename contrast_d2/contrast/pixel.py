@@ -17,6 +17,7 @@ from .distributed import gather_set, mean_over_processes, world_size
 from .gather import gather_embeddings
 from .hard_sampling import HardAnchorSampler
 from .info_nce import PRODUCTS, Products, info_nce
+from .inspection import Inspection
 from .memory import LabelledSet, MemoryBank
 from .method import ContrastMethod, Warmup, connected_zero
 from .output import ContrastOutput
@@ -155,6 +156,9 @@ class PixelContrast(ContrastMethod):
         statistics: dict[str, Tensor] = {}
         if self.memory is not None:
             statistics["bank_fill"] = self.memory.fill_fraction()
+        if self.inspection is not None:
+            self.inspection.begin(labels, logits)
+            self._inspect_memory(self.inspection)
         factor = self.warmup()
         if factor > 0:
             predictions = predicted_labels(logits, embeddings.shape[-2:])
@@ -162,6 +166,11 @@ class PixelContrast(ContrastMethod):
             negatives = None
             if self.negatives is not None:
                 (negatives,) = self.negatives([label_map], [predictions], generator)
+            if self.inspection is not None:
+                size = tuple(label_map.shape[-2:])
+                self.inspection.add_draw(self.feature, "anchors", size, draw)
+                if negatives is not None:
+                    self.inspection.add_draw(self.feature, "boundary negatives", size, negatives)
             loss, similarities = self._loss(embeddings, draw, negatives, generator)
             loss = self.weight * factor * loss
             wrong = predictions.flatten(1)[draw.image, draw.pixel] != draw.labels
@@ -201,6 +210,15 @@ class PixelContrast(ContrastMethod):
                 negatives = LabelledSet(*gather_set(*negatives))
         contrast = self._contrast_set(everyones, generator)
         loss = self._info_nce(anchors, draw.class_counts, contrast, negatives, generator)
+        if self.inspection is not None:
+            everything = contrast if negatives is None else _joined(contrast, negatives)
+            self.inspection.add_pairs(
+                self.feature,
+                anchors,
+                everything,
+                holds_anchors=self.contrast_batch,
+                num_positives=None if negatives is None else len(contrast.labels),
+            )
         if self.across_processes and world_size() > 1:
             loss = mean_over_processes(loss, self._num_averaged(anchors, contrast))
 
@@ -222,6 +240,12 @@ class PixelContrast(ContrastMethod):
             statistics["negative_similarity"] = similarity.negative
             statistics["negatives"] = negative_sums.counts.sum()
         return loss, statistics
+
+    def _inspect_memory(self, inspection: Inspection) -> None:
+        """Notes how full the memory is."""
+        if self.memory is not None:
+            for kind, shares in self.memory.fill_by_class().items():
+                inspection.add_bank_fill(kind, shares)
 
     def _contrast_set(self, anchors: LabelledSet, generator: torch.Generator | None) -> LabelledSet:
         """The anchors, if they are part of it, then the memory."""

@@ -26,13 +26,14 @@ from torch.nn import functional as F
 
 from .distributed import mean_over_processes, sum_over_processes, world_size
 from .gather import gather_embeddings, gather_pixels, unit_vectors
+from .inspection import MOST_PAIRS, Inspection, evenly_spread
 from .log_ratios import Groups, log_ratios
 from .method import ContrastMethod, Warmup, connected_zero
 from .outcomes import Outcomes, sort_outcomes
 from .output import ContrastOutput
 from .projector import MultiScaleProjector
 from .ranges import Ranges, at, expand, runs
-from .sampling import downsample_labels, predicted_labels
+from .sampling import PixelDraw, downsample_labels, predicted_labels
 
 EmptyNegatives = Literal["anchors", "skip", "image"]
 Draw = Literal["random", "raster"]
@@ -202,14 +203,18 @@ class PNE(ContrastMethod):
         factor = self.warmup()
         if factor == 0:
             return self._output(connected_zero([embeddings]), {"weight": embeddings.new_zeros(())})
+        label_map = downsample_labels(labels, embeddings.shape[-2:])
         outcomes = sort_outcomes(
-            downsample_labels(labels, embeddings.shape[-2:]),
+            label_map,
             predicted_labels(scores, embeddings.shape[-2:]),
             self.num_classes,
             self._visiting_order(embeddings, generator),
         )
         taken, skips = self._eligible(outcomes, area=embeddings.shape[-2] * embeddings.shape[-1])
         drawn = self._form_groups(outcomes, taken)
+        if self.inspection is not None:
+            self.inspection.begin(labels, scores)
+            self._inspect(self.inspection, embeddings.detach(), label_map, drawn)
         ratios = self._log_ratios(embeddings, scores, drawn)
         return self._reduce(ratios, drawn, factor, skips)
 
@@ -331,6 +336,37 @@ class PNE(ContrastMethod):
             drawn.groups,
             temperature=self.temperature,
             max_samples=self.samples_per_group,
+        )
+
+    def _inspect(
+        self, inspection: Inspection, embeddings: Tensor, label_map: Tensor, drawn: _Drawn
+    ) -> None:
+        """Notes what was drawn, and how similar the anchors are to the samples of their groups."""
+        labels, size = label_map.flatten().long(), tuple(label_map.shape[-2:])
+        for role, pixels in (("anchors", drawn.anchors), ("samples", drawn.samples.unique())):
+            where = _image_and_pixel(pixels, size[0] * size[1])
+            inspection.add_draw(self.feature, role, size, PixelDraw(*where, labels[pixels], None))
+        # Negatives may lie among the anchors, whose places are those after the samples.
+        samples = torch.cat([drawn.samples, drawn.anchors])
+        group, _ = expand(drawn.groups.anchors, len(drawn.anchors))
+        most = max(1, MOST_PAIRS // max(1, len(samples)))
+        rows = evenly_spread(torch.ones_like(drawn.anchors, dtype=torch.bool), most)
+        place = torch.arange(len(samples), device=samples.device)
+        positive, negative = (
+            (place >= sets.first[:, None]) & (place < (sets.first + sets.size)[:, None])
+            for sets in (
+                at(drawn.groups.positives, group[rows]),
+                at(drawn.groups.negatives, group[rows]),
+            )
+        )
+        anchor_units, sample_units = (
+            gather_embeddings(embeddings, *_image_and_pixel(pixels, size[0] * size[1]))
+            for pixels in (drawn.anchors[rows], samples)
+        )
+        with torch.autocast(embeddings.device.type, enabled=False):
+            cosines = anchor_units @ sample_units.T
+        inspection.add_similarities(
+            self.feature, cosines, positive, negative, labels[drawn.anchors[rows]], labels[samples]
         )
 
     def _reduce(
