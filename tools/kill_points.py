@@ -76,6 +76,8 @@ class Case(NamedTuple):
 CASES = {
     "ms_cs": Case("semfpn_r18_ms_cs_demo.py", []),
     "pixel_memory": Case("semfpn_r18_pixel_memory_demo.py", _MEMORY),
+    "contextrast": Case("semfpn_r18_contextrast_demo.py", []),
+    "pne": Case("semfpn_r18_pne_demo.py", []),
     "ms_cs, fp16 with scaler, accumulation, weight average, repeat factors, 2 workers": Case(
         "semfpn_r18_ms_cs_demo.py",
         [
