@@ -33,6 +33,10 @@ train = dict(
     checkpoints_to_keep=2,
     eval_period=500,
     log_period=20,
+    # Pictures of what the contrast draws, for TensorBoard and in output_dir/dashboard; 0 for none.
+    dashboard_period=500,
+    # Besides log, metrics.json and TensorBoard: "wandb", "mlflow".
+    writers=[],
     # What model_best.pth is chosen by.
     best_metric="sem_seg/mIoU",
 )

@@ -74,7 +74,6 @@ class Inspection:
         num_classes: K.
 
     Attributes:
-        labels: (B, H, W) of the batch; None before the first.
         draws: by scale, and there by what the pixels were drawn for.
         similarities: by term.
         anchor_pixels: by scale, (K,) number of pixels whose mean is the anchor of the class, for
@@ -84,13 +83,19 @@ class Inspection:
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        self.labels: Tensor | None = None
         self.draws: dict[str, dict[Role, DrawnPixels]] = {}
         self.similarities: dict[str, Similarities] = {}
         self.anchor_pixels: dict[str, Tensor] = {}
         self.bank_fill: dict[str, Tensor] = {}
-        self._logits: Tensor | None = None
+        self._batch: dict[str, Tensor | None] = {}
         self._prefix = ""
+
+    @property
+    def labels(self) -> Tensor:
+        """(B, H, W) of the batch."""
+        labels = self._batch["labels"]
+        assert labels is not None
+        return labels
 
     def named(self, method: str) -> Inspection:
         """The same, for one method of a sum: what it adds has names that begin with its own."""
@@ -105,7 +110,7 @@ class Inspection:
             labels: (B, H, W) integers at full resolution.
             logits: (B, K, h', w') class scores, or None.
         """
-        self.labels, self._logits = labels, logits
+        self._batch.update(labels=labels, logits=logits)
 
     @torch.no_grad()
     def add_draw(self, scale: str, role: Role, size: tuple[int, int], draw: PixelDraw) -> None:
@@ -117,14 +122,14 @@ class Inspection:
             size: (h, w) of the map.
             draw: the pixels.
         """
-        assert self.labels is not None, "begin() comes first"
         image, pixel, labels = (x[draw.labels >= 0] for x in draw[:3])
         height, width = self.labels.shape[-2:]
         row = pixel // size[1] * height // size[0]  # as in `downsample_labels`
         column = pixel % size[1] * width // size[1]
         wrong = None
-        if self._logits is not None:
-            wrong = predicted_labels(self._logits, size).flatten(1)[image, pixel] != labels
+        logits = self._batch["logits"]
+        if logits is not None:
+            wrong = predicted_labels(logits, size).flatten(1)[image, pixel] != labels
         draws = self.draws.setdefault(self._prefix + scale, {})
         draws[role] = DrawnPixels(image, row, column, labels, wrong)
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..data.datasets import check_registered
+from .writers import check_writers
 
 # The least value of each.
 _LEAST = (
@@ -28,11 +29,17 @@ def check_training(options: DictConfig) -> None:
         options: `train` of a config.
 
     Raises:
-        ValueError: a period, or a number of checkpoints, that is none.
+        ValueError: a period, or a number of checkpoints, that is none, or writers that cannot be
+            had.
     """
     for name, least in _LEAST:
         if options[name] < least:
             raise ValueError(f"train.{name}={options[name]}: needs at least {least}.")
+    if options.get("dashboard_period", 0) < 0:  # which configs saved by earlier versions lack
+        raise ValueError(
+            f"train.dashboard_period={options.dashboard_period}: needs 0 (none) or more iterations."
+        )
+    check_writers(options.get("writers", []))
     keep = options.checkpoints_to_keep
     if keep is not None and keep < 1:
         raise ValueError(f"train.checkpoints_to_keep={keep}: needs at least 1, or None for all.")

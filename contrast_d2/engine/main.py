@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import LazyConfig, instantiate
+from detectron2.data import MetadataCatalog
 from detectron2.engine import create_ddp_model, default_writers, hooks
 from detectron2.evaluation import DatasetEvaluator, inference_on_dataset, print_csv_format
 from detectron2.utils import comm
@@ -32,11 +33,13 @@ from ..segmentor import inference_state_dict
 from .checkpoint import Checkpointer
 from .checks import check_classes, check_crop, check_training
 from .config import import_modules, load_config
+from .dashboard import Dashboard
 from .determinism import compute_deterministically
 from .files import stop_when_disk_is_full, write_atomically
 from .hooks import BestCheckpointer, MetricsWriter, WeightAverage
 from .record import record_run
 from .trainer import Batch, NonFiniteLossError, Trainer
+from .writers import open_writers
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +194,11 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     # The order matters to a killed run: a checkpoint is written once the evaluation, the choice of
     # the best and the metrics of its iteration are done, so that what follows it has not happened.
     def build_writers() -> list[EventWriter]:
-        return default_writers(options.output_dir, options.max_iter) if is_main else []
+        if not is_main:
+            return []
+        # Before that of TensorBoard, which takes the pictures out of the storage.
+        trackers = open_writers(options.get("writers", []), options.output_dir, resumed=bool(last))
+        return [*trackers, *default_writers(options.output_dir, options.max_iter)]
 
     trainer.register_hooks(
         [
@@ -200,6 +207,7 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
             average,
             hooks.EvalHook(options.eval_period, evaluate_now),
             BestCheckpointer(checkpointer, options.best_metric, options.eval_period, evaluated),
+            build_dashboard(cfg, model) if is_main else None,
             MetricsWriter(build_writers, options.log_period, options.output_dir),
             periodic if is_main else None,
         ]
@@ -216,6 +224,29 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
             write_atomically(path, lambda file: torch.save(state, file))
         logger.info("Weights without the contrast method: %s", path)
     return results
+
+
+def build_dashboard(cfg: DictConfig, model: nn.Module) -> Dashboard | None:
+    """The hook that shows what the contrast does; None where there is none, or it is not asked for.
+
+    Args:
+        cfg: whole config.
+        model: a `ContrastiveSegmentor`.
+    """
+    period = cfg.train.get("dashboard_period", 0)  # which configs saved by earlier versions lack
+    contrast = getattr(model, "contrast", None)
+    if period == 0 or contrast is None:
+        return None
+    train_sets = cfg.dataset.train
+    name = train_sets if isinstance(train_sets, str) else train_sets[0]
+    mapper = OmegaConf.select(cfg, "dataloader.train.mapper.image_format")
+    return Dashboard(
+        contrast,
+        period,
+        cfg.train.output_dir,
+        MetadataCatalog.get(name).stuff_classes,
+        image_format=mapper or "RGB",
+    )
 
 
 def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:

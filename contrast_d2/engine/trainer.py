@@ -49,6 +49,9 @@ class Trainer(TrainerBase):
         accumulation_steps: batches whose gradients are averaged for one optimizer step.
         clip_norm: largest 2-norm of the gradient; None for no clipping.
 
+    Attributes:
+        last_batch: what the model was run on last, for hooks.
+
     Raises:
         ValueError: a setting out of range.
     """
@@ -83,6 +86,7 @@ class Trainer(TrainerBase):
         self.seed = seed
         self.clip_norm = clip_norm
         self.accumulation_steps = accumulation_steps
+        self.last_batch: Batch = []
         self._build_loader = build_loader
         self._device = next(model.parameters()).device
         self._dtype = _AUTOCAST_DTYPES[precision]
@@ -134,6 +138,7 @@ class Trainer(TrainerBase):
             batches.append(batch)
             losses.append({name: loss.detach() for name, loss in batch_losses.items()})
             statistics.append(dict(self._statistics()))
+        self.last_batch = batch
         norm = self._clip()
         metrics = self._check_finite(batches, losses, statistics, norm)
         self._scaler.step(self.optimizer)

@@ -99,6 +99,8 @@ def _train(cfg: CfgNode) -> dict[str, Any]:
         "checkpoints_to_keep": cfg.SOLVER.CHECKPOINTS_TO_KEEP,
         "eval_period": cfg.TEST.EVAL_PERIOD,
         "log_period": cfg.LOG_PERIOD,
+        "dashboard_period": cfg.DASHBOARD_PERIOD,
+        "writers": list(cfg.WRITERS),
         "best_metric": cfg.TEST.BEST_METRIC,
     }
 

@@ -110,6 +110,8 @@ def add_contrast_config(cfg: CfgNode) -> None:
     cfg.SOLVER.CHECKPOINTS_TO_KEEP = 2
     cfg.SOLVER.EMA_DECAY = None  # of an average of the weights, which is then evaluated
     cfg.LOG_PERIOD = 20
+    cfg.DASHBOARD_PERIOD = 500  # pictures of what the contrast draws; 0 for none
+    cfg.WRITERS = []  # besides log, metrics.json and TensorBoard: "wandb", "mlflow"
     cfg.TIMEOUT_MINUTES = 30  # the longest wait of one process for another
     cfg.DETERMINISTIC = False  # the same bits whenever a run is repeated
     cfg.TEST.BEST_METRIC = "sem_seg/mIoU"  # model_best.pth is chosen by it

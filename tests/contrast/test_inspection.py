@@ -271,6 +271,7 @@ def test_a_sum_names_what_its_methods_add() -> None:
     assert list(found.similarities) == ["ms/res2", "ms/res3", "ms/res2_res3", "px/res2"]
     assert list(found.draws) == ["ms/res2", "ms/res3", "px/res2"]
     assert list(found.bank_fill) == ["px/regions", "px/pixels"]
+    assert found.labels is batch[2]
     for name, method in alone.items():
         method.inspection = Inspection(CLASSES)
         method(*batch, generator)
