@@ -257,9 +257,7 @@ class _Projectors(nn.Module):
         return [head(features[name]) for name, head in pairs]
 
 
-def _counters(
-    module: nn.Module, inputs: Tensor
-) -> tuple[FlopCountAnalysis, ActivationCountAnalysis]:
+def _counters(module: nn.Module, inputs: Tensor) -> tuple[JitModelAnalysis, JitModelAnalysis]:
     """fvcore's counters, which know nothing of fused attention, with it."""
     flops = FlopCountAnalysis(module, inputs).set_op_handle(_ATTENTION, attention_flops)
     activations = ActivationCountAnalysis(module, inputs)

@@ -44,6 +44,8 @@ class InferenceModel(nn.Module):
         self.backbone = segmentor.backbone
         self.sem_seg_head = segmentor.sem_seg_head
         self.size_divisibility = segmentor._size_divisibility
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
         self.register_buffer("pixel_mean", segmentor.pixel_mean, persistent=False)
         self.register_buffer("pixel_std", segmentor.pixel_std, persistent=False)
         self.eval()
@@ -154,6 +156,7 @@ def onnx_bytes(program: ExportedProgram) -> bytes:
             f"ONNX cannot express this graph ({reason}): export it for one size with --size HEIGHT "
             "WIDTH, or with --format torch_export."
         ) from error
+    assert exported is not None
     return exported.model_proto.SerializeToString()
 
 

@@ -144,7 +144,7 @@ def comparison_panel(
     handles = [_patch(colors[k], class_names[k]) for k in present]
     handles += [_patch(WRONG, "wrong"), _patch(CORRECT, "correct"), _patch(IGNORED, "ignored")]
     scale = panel_width / 3.6  # of everything that is text: large pictures are shown reduced
-    longest = max(len(handle.get_label()) for handle in handles)
+    longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, int(4 * panel_width / scale / (0.35 + 0.065 * longest)))
     legend_height = scale * (0.12 + 0.24 * math.ceil(len(handles) / columns))
     top = scale * (0.52 if title else 0.28)
@@ -294,7 +294,9 @@ def _check_same_size(**arrays: np.ndarray) -> None:
 
 
 def _patch(color: Sequence[int], name: str) -> Patch:
-    return Patch(facecolor=np.asarray(color) / 255, edgecolor="#9a9a9a", linewidth=0.6, label=name)
+    return Patch(
+        facecolor=tuple(np.asarray(color) / 255), edgecolor="#9a9a9a", linewidth=0.6, label=name
+    )
 
 
 def _cycle_colors() -> Iterable[str]:

@@ -6,6 +6,7 @@ Shape letters: H W the images.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from timm.models import FeatureDictNet
@@ -22,7 +23,7 @@ _HRNET_STAGES = (
 )
 
 
-def parameters_of_maps(model: nn.Module, names: Iterable[str]) -> dict[str, set[str]]:
+def parameters_of_maps(model: Any, names: Iterable[str]) -> dict[str, set[str]]:
     """Names of the parameters that each feature map depends on, by the name of the map.
 
     Args:
@@ -40,7 +41,8 @@ def parameters_of_maps(model: nn.Module, names: Iterable[str]) -> dict[str, set[
 
 def _leaves(x: Tensor) -> Iterator[Tensor]:
     """The parameters that a tensor was computed from, read off the graph of its gradient."""
-    nodes, seen = [x.grad_fn], set()
+    nodes: list[Any] = [x.grad_fn]
+    seen = set()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:

@@ -6,6 +6,7 @@ Shape letters: B images, C channels, h w a feature map.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
@@ -27,13 +28,14 @@ def pad_before_shift(model: nn.Module) -> None:
     Reference: Liu et al., "Swin Transformer: Hierarchical Vision Transformer using Shifted
         Windows", ICCV 2021, section 3.2 (masks keep attention within parts that are adjacent).
     """
+    block: Any  # timm's class attributes and ours
     for block in model.modules():
         if isinstance(block, (SwinTransformerBlock, SwinTransformerV2Block)):
             # A partial, and no closure: a deep copy of the model calls its own block.
             block._attn = partial(_attend_in_whole_windows, block)
 
 
-def _attend_in_whole_windows(block: nn.Module, x: Tensor) -> Tensor:
+def _attend_in_whole_windows(block: Any, x: Tensor) -> Tensor:
     """The block's attention, (B, h, w, C) -> (B, h, w, C)."""
     height, width = x.shape[1:3]
     window_height, window_width = block.window_size

@@ -212,7 +212,7 @@ def _parameters_of_maps(name: str, output_stride: int | None) -> dict[str, set[s
 
 
 @lru_cache(maxsize=4)
-def _meta_model(name: str, output_stride: int | None) -> nn.Module:
+def _meta_model(name: str, output_stride: int | None) -> Any:
     """A model with all of its maps, without memory for its weights."""
     with torch.device("meta"):
         return _create(name, output_stride, pretrained=False)
@@ -222,7 +222,8 @@ def _create(name: str, output_stride: int | None, *, pretrained: bool, **kwargs:
     _check_name(name)
     if output_stride is not None:
         kwargs["output_stride"] = output_stride
-    if pretrained and not timm.get_pretrained_cfg(name).has_weights:
+    cfg = timm.get_pretrained_cfg(name) if pretrained else None
+    if pretrained and not (cfg and cfg.has_weights):
         raise ValueError(
             f"timm has no pretrained weights of {name}: set model.backbone.pretrained=False."
         )

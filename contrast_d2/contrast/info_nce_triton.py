@@ -19,6 +19,9 @@ samples that a program owns (R in a block), the columns those it visits (Q in a 
 shares; WIDTH is D rounded up to a power of two, of which BLOCK_D are multiplied at a time.
 """
 
+# pyright: reportOptionalMemberAccess=false, reportInvalidTypeForm=false, reportOperatorIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# Kernels are written in Triton's language, whose types Python's checkers do not know.
 from __future__ import annotations
 
 from collections.abc import Callable

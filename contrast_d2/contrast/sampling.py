@@ -50,7 +50,7 @@ def joined_draws(first: PixelDraw, second: PixelDraw | None) -> PixelDraw:
     return PixelDraw(*(torch.cat(pair) for pair in parts), class_counts=None)
 
 
-def downsample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     """Nearest-neighbour down-sampling of a label map to the size of a feature map.
 
     Output pixel i reads input pixel floor(i * H / h), in exact integer arithmetic: a label is never
@@ -72,7 +72,7 @@ def downsample_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return labels[..., rows[:, None], columns]
 
 
-def predicted_labels(logits: Tensor, size: tuple[int, int]) -> Tensor:
+def predicted_labels(logits: Tensor, size: Sequence[int]) -> Tensor:
     """The most likely class of each pixel of a feature map.
 
     Class scores are resized bilinearly where their size is another, and the class is chosen after

@@ -59,7 +59,7 @@ def class_weights(
     counts = np.concatenate([count_classes(name) for name in names])
     if not counts.any():
         raise ValueError(f"The label files of {names} hold no labelled pixel: are they void only?")
-    present = counts.any(axis=0)
+    present = np.asarray(counts.any(axis=0))
     if not present.all():
         absent = [name for name, there in zip(classes, present, strict=True) if not there]
         logger.warning("No label of %s holds %s: weight 1", names, absent)

@@ -99,14 +99,14 @@ def _turn(channels: np.ndarray, turns: int, rest: float, result: np.ndarray) -> 
     """Turns the hue of (3, H, W) int16 channels by `turns + rest` times 60 degrees."""
     high = channels.max(axis=0)
     low = channels.min(axis=0)
-    channels = [channels[(i + turns) % 3] for i in range(3)]
+    turned = [channels[(i + turns) % 3] for i in range(3)]
     if turns % 2:
-        channels = [high + low - channel for channel in channels]
+        turned = [high + low - channel for channel in turned]
     # At most 255 * 128 + 127: the largest int16.
     reach = ((high - low) * np.int16(round(abs(rest) * 256)) + np.int16(127)) >> 8
     begin, end = low + reach, high - reach
-    for i, channel in enumerate(channels):
-        following = channels[(i + (1 if rest > 0 else -1)) % 3]
+    for i, channel in enumerate(turned):
+        following = turned[(i + (1 if rest > 0 else -1)) % 3]
         moved = np.maximum(following, begin)
         np.minimum(moved, end, out=moved)
         moved -= following

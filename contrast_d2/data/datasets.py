@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,7 +95,7 @@ def _rows(
     name: str,
     classes: Classes,
     load: Callable[..., list[Record]],
-    splits: dict[str, Sequence[str]],
+    splits: Mapping[str, Sequence[str]],
     contiguous_labels: bool = False,
 ) -> list[Dataset]:
     """One row per split; its arguments to ``load`` are the owner's names of the split's parts."""

@@ -73,9 +73,11 @@ class LabelMap:
         object.__setattr__(self, "_table", table)
         # What stands for illegal values among 8-bit results: of 256, K + 1 are taken.
         byte_illegal = next((i for i in range(256) if i not in (*classes, self.ignore_label)), None)
-        bytes_out = [byte_illegal if i == _ILLEGAL else int(i) for i in table[:256]]
         object.__setattr__(self, "_byte_illegal", byte_illegal)
-        object.__setattr__(self, "_byte_table", None if byte_illegal is None else bytes(bytes_out))
+        byte_table = None
+        if byte_illegal is not None:
+            byte_table = bytes(byte_illegal if i == _ILLEGAL else int(i) for i in table[:256])
+        object.__setattr__(self, "_byte_table", byte_table)
 
     @classmethod
     def from_metadata(cls, metadata: Metadata) -> LabelMap:
@@ -140,6 +142,7 @@ class LabelMap:
         if index.dtype == np.uint8 and self._byte_table is not None:
             # Ten times as fast as indexing. What is illegal takes the way below, to be named.
             mapped = bytearray(np.ascontiguousarray(index)).translate(self._byte_table)
+            assert self._byte_illegal is not None
             if self._byte_illegal not in mapped:
                 return np.frombuffer(mapped, np.uint8).reshape(array.shape)
         if index.dtype not in (np.uint8, np.uint16):

@@ -39,7 +39,8 @@ class MappedRecords(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> Record:
-        return self.mapper(self.records[index])
+        record: Any = self.records[index]
+        return self.mapper(record)
 
 
 class SeededRecords(MappedRecords):

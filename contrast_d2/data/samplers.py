@@ -41,7 +41,7 @@ class ResumableTrainingSampler(Sampler):
         size: int,
         *,
         seed: int,
-        repeat_factors: Sequence[float] | None = None,
+        repeat_factors: Sequence[float] | np.ndarray | None = None,
         shuffle: bool = True,
         start: int = 0,
         rank: int | None = None,
@@ -55,22 +55,22 @@ class ResumableTrainingSampler(Sampler):
             raise ValueError(f"seed and start must not be negative, got {seed} and {start}")
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must lie in 0..{self.world_size - 1}, got {self.rank}")
-        if repeat_factors is not None:
-            repeat_factors = np.asarray(repeat_factors, dtype=np.float64)
-            if repeat_factors.shape != (size,):
+        factors = None if repeat_factors is None else np.asarray(repeat_factors, dtype=np.float64)
+        if factors is not None:
+            if factors.shape != (size,):
                 raise ValueError(
                     f"repeat_factors must be {size} numbers, one per sample, got shape "
-                    f"{repeat_factors.shape}"
+                    f"{factors.shape}"
                 )
-            if not (repeat_factors >= 1).all():
-                first = int(np.argmin(repeat_factors >= 1))
+            if not (factors >= 1).all():
+                first = int(np.argmin(factors >= 1))
                 raise ValueError(
                     "repeat_factors must be numbers of 1 or more, got "
-                    f"{repeat_factors[first]} for sample {first}"
+                    f"{factors[first]} for sample {first}"
                 )
         self.size = size
         self.seed = seed
-        self.repeat_factors = repeat_factors
+        self.repeat_factors = factors
         self.shuffle = shuffle
         self.start = start
 
@@ -115,6 +115,7 @@ class ResumableTrainingSampler(Sampler):
 
     def _repeats(self, generator: torch.Generator) -> np.ndarray:
         """(size,) int64, how often an epoch holds each sample; the epoch's first random numbers."""
+        assert self.repeat_factors is not None
         whole = np.floor(self.repeat_factors)
         chance = torch.rand(self.size, generator=generator, dtype=torch.float64).numpy()
         return (whole + (chance < self.repeat_factors - whole)).astype(np.int64)
@@ -136,7 +137,7 @@ def sample_rng(seed: int, position: int) -> Iterator[None]:
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
     # Not torch.manual_seed, which would reseed the GPU of a run without workers, for good.
-    torch.random.default_generator.manual_seed(mixed)
+    torch.default_generator.manual_seed(mixed)
     try:
         yield
     finally:

@@ -46,7 +46,9 @@ class RandomScale(T.Augmentation):
     def get_transform(self, image: np.ndarray) -> Transform:
         """Draws a resize of the image."""
         height, width = image.shape[:2]
-        return T.ResizeTransform(height, width, *self.draw_size(height, width), Image.BILINEAR)
+        return T.ResizeTransform(
+            height, width, *self.draw_size(height, width), Image.Resampling.BILINEAR
+        )
 
     def draw_size(self, height: int, width: int) -> tuple[int, int]:
         """Draws the (height, width) that an image is resized to, in pixels."""
@@ -160,7 +162,9 @@ class ScaledCropTransform(Transform):
             for span, old, new in zip(spans, self.size, self.scaled_size, strict=True)
         )
         source = Image.fromarray(img[rows, columns])
-        window = source.resize((right - left, bottom - top), Image.BILINEAR, box=(x0, y0, x1, y1))
+        window = source.resize(
+            (right - left, bottom - top), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1)
+        )
         return self._padded(np.asarray(window), self.pad_value)
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:

@@ -149,9 +149,9 @@ _TEXTURES = (_plain, _stripes, _checks, _speckles)
 def _palette(rng: np.random.RandomState, hue: float, saturation: tuple[float, float]) -> np.ndarray:
     """Two colours around a hue, a light and a dark one, (2, 3) in 0..255."""
     light = rng.uniform(0.7, 1.0), rng.uniform(0.25, 0.55)
-    saturation = rng.uniform(*saturation)
+    shade = rng.uniform(*saturation)
     hues = hue, hue + rng.uniform(-0.08, 0.08)
-    colors = [colorsys.hsv_to_rgb(h % 1, saturation, v) for h, v in zip(hues, light, strict=True)]
+    colors = [colorsys.hsv_to_rgb(h % 1, shade, v) for h, v in zip(hues, light, strict=True)]
     return 255 * np.array(colors)
 
 

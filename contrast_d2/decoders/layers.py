@@ -136,6 +136,7 @@ def classifier(in_channels: int, num_classes: int) -> nn.Conv2d:
     """The 1x1 convolution from features to class scores."""
     conv = nn.Conv2d(in_channels, num_classes, kernel_size=1)
     nn.init.normal_(conv.weight, std=0.01)
+    assert conv.bias is not None
     nn.init.zeros_(conv.bias)
     return conv
 

@@ -50,7 +50,7 @@ def unit_rows(embeddings: np.ndarray) -> np.ndarray:
         ValueError: a value is not finite.
     """
     embeddings = np.asarray(embeddings, np.float64)
-    broken = ~np.isfinite(embeddings).all(axis=1)
+    broken = np.asarray(~np.isfinite(embeddings).all(axis=1))
     if broken.any():
         raise ValueError(
             f"{broken.sum()} of {len(broken)} embeddings are not finite: the weights are broken, "

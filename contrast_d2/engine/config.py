@@ -82,8 +82,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
 
     Args:
         path: of a `.py` file, or of a `.yaml`: one that a run has saved, or one of detectron2,
-            which has keys in upper case; `configs/...` also where the package has it. A `.py` file is code; a `.yaml` holds plain values, but a
-            saved one names the callables that are run when its model is built.
+            which has keys in upper case; `configs/...` also where the package has it.
+            A `.py` file is code; a `.yaml` holds plain values, but a saved one names the callables
+            that are run when its model is built.
         overrides: "key=value", in hydra's grammar; None and null both mean None. A key is one of
             the config, or an argument with a default of the callable that the config names there.
             For a yaml config of detectron2, its KEY and VALUE in turn.

@@ -106,11 +106,11 @@ class CityscapesScores(Measure):
             ValueError: the file of instances cannot be read or has another size.
         """
         path = _instance_file(label_file)
-        instances_HW, predictions_HW = _load_instances(path), predictions_HW.cpu().numpy()
-        if instances_HW.shape != predictions_HW.shape:
+        instances_HW, predicted_HW = _load_instances(path), predictions_HW.cpu().numpy()
+        if instances_HW.shape != predicted_HW.shape:
             raise ValueError(
                 f"{path} is {instances_HW.shape} (height, width), but the prediction is "
-                f"{predictions_HW.shape}: it is of another release than the labels"
+                f"{predicted_HW.shape}: it is of another release than the labels"
             )
         sizes = np.bincount(instances_HW.ravel(), minlength=_NUM_IDS)
         class_of_id = self._class_of_label[np.arange(_NUM_IDS) // _IDS_PER_LABEL]
@@ -118,7 +118,7 @@ class CityscapesScores(Measure):
         counts = np.zeros((3, self.num_classes))
         # Few pixels belong to instances: only those are looked at.
         within = class_of_id[instances_HW] >= 0
-        instances, predictions = instances_HW[within], predictions_HW[within]
+        instances, predictions = instances_HW[within], predicted_HW[within]
         truth, categories = class_of_id[instances], self._category_of_class
         kinds = (
             np.ones_like(truth, dtype=bool),

@@ -100,7 +100,7 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
         if train_dataset is not None:
             self._groups |= frequency_groups(_training_pixels(train_dataset, self._class_names))
         self._label_map = LabelMap.from_metadata(MetadataCatalog.get(dataset_name))
-        self._absent_classes = absent_classes
+        self._absent_classes: AbsentClasses = absent_classes
         self._save_predictions = save_predictions
 
     def reset(self) -> None:
@@ -216,7 +216,7 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
         """Scores in percent of what the processes counted; none of what nobody counted."""
         result = {}
         for i, measure in enumerate(self._measures):
-            counts = [part[i] for part in parts if part[i] is not None]
+            counts = [count for part in parts if (count := part[i]) is not None]
             if counts:
                 total = torch.stack(counts).sum(dim=0)
                 scores = measure.scores(total, confusion, self._absent_classes)

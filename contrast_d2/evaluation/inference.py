@@ -175,6 +175,7 @@ class SlidingWindow(nn.Module):
                     )
                 part = total_KHW[:, top : top + window[0], left : left + window[1]]
                 part += scores_Khw.to(part.device)
+        assert total_KHW is not None
         # Windows lie on a grid, so how many cover a pixel is a product of rows and columns.
         total_KHW /= _cover(tops, window[0], height).to(total_KHW.device)[:, None]
         total_KHW /= _cover(lefts, window[1], width).to(total_KHW.device)
@@ -274,7 +275,7 @@ class MultiScaleFlip(nn.Module):
                 total = totals[i]
                 totals[i] = probabilities_KHW if total is None else total.add_(probabilities_KHW)
         num_views = len(self.scales) * (1 + self.flip)
-        return [{"sem_seg": total.div_(num_views)} for total in totals]
+        return [{"sem_seg": total.div_(num_views)} for total in totals if total is not None]
 
     def _view(self, x: Image, scale: float, flipped: bool) -> Image:
         image = x["image"].to(_device_of(self.model))

@@ -32,6 +32,7 @@ class PositionPrior(nn.Module):
     def __init__(self, labels: Tensor, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
+        self.labels: Tensor
         self.register_buffer("labels", labels.long())
 
     def forward(self, batched_inputs: Sequence[dict]) -> list[dict[str, Tensor]]:

@@ -57,6 +57,7 @@ class CrossEntropyLoss(nn.Module):
         super().__init__()
         self.ignore_label = ignore_label
         weight = None if class_weights is None else torch.tensor([float(w) for w in class_weights])
+        self.weight: Tensor | None
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What is wrong with the images of a dataset, and with its files as such."""
 
+# The rules get pairs that have what they look at.
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false
 from __future__ import annotations
 
 import os

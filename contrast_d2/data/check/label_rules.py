@@ -1,5 +1,7 @@
 """What is wrong with the labels of a dataset: how they are stored, and which values they hold."""
 
+# The rules get pairs that have what they look at.
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false
 from __future__ import annotations
 
 from collections import Counter, defaultdict
