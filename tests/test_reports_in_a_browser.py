@@ -14,6 +14,7 @@ from PIL import Image
 from contrast_d2.data.check import check_dataset, write_html
 from contrast_d2.html_page import html_page
 
+from .ablation.made import made_page as made_ablation
 from .browser import LAPTOP, PHONE, browser, opened, overflow  # noqa: F401  (a fixture)
 from .embeddings.made import COLORS, made_page
 
@@ -36,7 +37,11 @@ def write_check(path: Path) -> None:
     write_html(str(path), checked, "yard")
 
 
-REPORTS: dict[str, Callable[[Path], Any]] = {"check": write_check, "embeddings": made_page}
+REPORTS: dict[str, Callable[[Path], Any]] = {
+    "ablation": made_ablation,
+    "check": write_check,
+    "embeddings": made_page,
+}
 
 
 @pytest.fixture(scope="module", params=list(REPORTS))

@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
         cells = plan_cells(ablation, options.output, load_config)
         chosen = _chosen(ablation, cells, options)
         parameters = count_parameters(ablation)
-        found = examine(chosen)
+        found = examine(chosen, options.ignore)
         if options.status:
             print("\n".join(_lines(chosen, found)))
             return 0
@@ -117,6 +117,14 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("results"),
         metavar="DIR",
         help="folder of NAME.json and NAME.png (default results)",
+    )
+    parser.add_argument(
+        "--ignore",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="settings in which an earlier run may differ, since they change nothing, such as one "
+        "that a later version has added",
     )
     parser.add_argument("--status", action="store_true", help="only say what is finished")
     return parser
@@ -181,7 +189,7 @@ def _refuse_changed(cells: list[Cell], found: list[Found]) -> None:
             raise ValueError(
                 f"{what.folder} was trained with other settings: {what.differences[0]}"
                 f"{f', and {more} more (--status lists them)' if more else ''}. Move the folder "
-                f"away, or give {cell.variant} another name."
+                f"away, give {cell.variant} another name, or --ignore what changes nothing."
             )
 
 
@@ -206,9 +214,10 @@ def train(cells: list[Cell], options: argparse.Namespace) -> list[Failure]:
 
         return train_cells(
             cells,
-            PROGRAM,
+            # As people write it, since the run notes its command.
+            PROGRAM.relative_to(Path.cwd()) if PROGRAM.parent == Path.cwd() else PROGRAM,
             parallel=options.parallel,
-            options=["--num-gpus", str(options.num_gpus)],
+            options=["--num-gpus", str(options.num_gpus)] if options.num_gpus != 1 else [],
             environments=_environments(options.parallel, options.num_gpus),
             progress=progress,
         )
@@ -240,7 +249,7 @@ def write_results(
 ) -> dict[str, Any] | None:
     """Writes what is finished of all cells, and prints the table; None where that is too little."""
     folders: dict[str, list[Path]] = {}
-    for cell, what in zip(cells, examine(cells), strict=True):
+    for cell, what in zip(cells, examine(cells, options.ignore), strict=True):
         if what.state == "finished":
             folders.setdefault(cell.variant, []).append(what.folder)
     if ablation.baseline not in folders:

@@ -4,6 +4,7 @@ from .cells import Cell, Failure, Found, examine, plan_cells, train_cells
 from .definition import Ablation, Variant, read_definition
 from .page import write_page
 from .results import ablation_table, collect_results, plot_variants
+from .zoo import model_zoo
 
 __all__ = [
     "Ablation",
@@ -14,6 +15,7 @@ __all__ = [
     "ablation_table",
     "collect_results",
     "examine",
+    "model_zoo",
     "plan_cells",
     "plot_variants",
     "read_definition",

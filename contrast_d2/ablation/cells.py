@@ -114,7 +114,9 @@ def plan_cells(
     for seed in ablation.seeds:
         for variant in ablation.variants:
             folder = Path(root, ablation.name, f"{variant.name}_seed{seed}")
-            overrides = (*variant.overrides, f"train.seed={seed}", f"train.output_dir='{folder}'")
+            # Quotes are for hydra's grammar, and would look odd in the command of every run.
+            quoted = folder if re.fullmatch(r"[\w./-]+", str(folder)) else f"'{folder}'"
+            overrides = (*variant.overrides, f"train.seed={seed}", f"train.output_dir={quoted}")
             try:
                 config = load(variant.config, overrides)
             except ValueError as error:
@@ -140,29 +142,31 @@ def plan_cells(
     return cells
 
 
-def examine(cells: Sequence[Cell]) -> list[Found]:
+def examine(cells: Sequence[Cell], ignored: Sequence[str] = ()) -> list[Found]:
     """Looks for what there is of some cells.
 
     A finished cell of another ablation in the same root, with the same settings, is taken as it is.
 
     Args:
         cells: of one ablation.
+        ignored: settings, or groups of them, in which a run may differ since they change nothing,
+            such as one that a later version of the configs has added.
     """
-    return [_examine(cell) for cell in cells]
+    return [_examine(cell, tuple(ignored)) for cell in cells]
 
 
-def _examine(cell: Cell) -> Found:
-    found = _examine_folder(cell, cell.folder)
+def _examine(cell: Cell, ignored: tuple[str, ...]) -> Found:
+    found = _examine_folder(cell, cell.folder, ignored)
     if found.state == "missing":
         root, seed = cell.folder.parents[1], f"_seed{cell.seed}"
         for other in sorted(root.glob(f"*/*{seed}/config.yaml")):
-            elsewhere = _examine_folder(cell, other.parent)
+            elsewhere = _examine_folder(cell, other.parent, ignored)
             if elsewhere.state == "finished":
                 return elsewhere
     return found
 
 
-def _examine_folder(cell: Cell, folder: Path) -> Found:
+def _examine_folder(cell: Cell, folder: Path, ignored: tuple[str, ...] = ()) -> Found:
     path = folder / "config.yaml"
     if not path.is_file():
         return Found("missing", folder)
@@ -172,7 +176,12 @@ def _examine_folder(cell: Cell, folder: Path) -> Found:
         saved = None
     if not isinstance(saved, dict):
         return Found("begun", folder)  # killed while it was written, before the first step
-    differences = tuple(_differences(cell.config, _without_folder(saved)))
+    prefixes = tuple(f"{name}." for name in ignored)
+    differences = tuple(
+        f"{key}: {_short(there)}, asked for {_short(asked)}"
+        for key, there, asked in _differences(cell.config, _without_folder(saved))
+        if not f"{key}.".startswith(prefixes)
+    )
     if differences:
         return Found("changed", folder, differences)
     try:
@@ -196,13 +205,14 @@ def _without_folder(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**config, "train": train}
 
 
-def _differences(asked: Any, saved: Any, path: str = "") -> Iterator[str]:
+def _differences(asked: Any, saved: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The keys in which two trees differ, with what is saved and what is asked for."""
     if isinstance(asked, Mapping) and isinstance(saved, Mapping):
         for key in [*asked, *(key for key in saved if key not in asked)]:
             name = f"{path}.{key}" if path else str(key)
             yield from _differences(asked.get(key, "absent"), saved.get(key, "absent"), name)
     elif asked != saved:
-        yield f"{path}: {_short(saved)}, asked for {_short(asked)}"
+        yield path, saved, asked
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,8 @@ from ..html_page import escape, html_page, png_address, wide
 from ..visualize import plot_class_iou
 from .results import plot_variants, reading_notes, table_rows
 
+_STYLE = ".results td { white-space: nowrap } .runs td:last-child { text-align: left }"
+
 
 def write_page(path: str | Path, result: Mapping[str, Any]) -> None:
     """Writes table, figure, scores per class and the commands of all runs.
@@ -22,11 +24,11 @@ def write_page(path: str | Path, result: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    Path(path).write_text(html_page(result["title"], _body(result)), encoding="utf-8")
+    Path(path).write_text(html_page(result["title"], _body(result), style=_STYLE), encoding="utf-8")
 
 
 def _body(result: Mapping[str, Any]) -> Iterator[str]:
-    yield wide(_table(table_rows(result)))
+    yield wide(_table(table_rows(result), "results"))
     yield from (f'<p class="muted">{escape(note)}</p>' for note in reading_notes(result))
     yield _picture(plot_variants(result), "mIoU of each run, and differences to the baseline")
     yield "<h2>Classes</h2><p>Mean over seeds of each variant's intersection over union.</p>"
@@ -37,14 +39,15 @@ def _body(result: Mapping[str, Any]) -> Iterator[str]:
         for name, group in result["runs"].items()
         for run in group
     ]
-    yield wide(_table([["variant", "seed", "mIoU", "command"], *runs]))
+    yield wide(_table([["variant", "seed", "mIoU", "command"], *runs], "runs"))
 
 
-def _table(rows: list[list[str]]) -> str:
+def _table(rows: list[list[str]], kind: str) -> str:
     head, *body = rows
     heads = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in body)
-    return f"<table><tr>{heads}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    body_rows = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<table class="{kind}"><tr>{heads}</tr>{body_rows}</table>'
 
 
 def _picture(figure: Any, text: str) -> str:

@@ -70,11 +70,11 @@ def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
     baseline = next(iter(summary))
     columns = {
         "variant": list(summary),
-        f"mIoU on {result['dataset']}": [_mean(row) for row in summary.values()],
+        f"mIoU on {result['dataset']}": [mean_cell(row) for row in summary.values()],
         "seeds": [str(len(row["mIoU"])) for row in summary.values()],
-        f"difference to {baseline}": [_difference(row) for row in summary.values()],
-        "ms per step": [_number(row, "seconds_per_step", 1000) for row in summary.values()],
-        "peak memory, MiB": [_number(row, "peak_memory_mib") for row in summary.values()],
+        f"difference to {baseline}": [difference_cell(row) for row in summary.values()],
+        "ms per step": [number_cell(row, "seconds_per_step", 1000) for row in summary.values()],
+        "peak memory, MiB": [number_cell(row, "peak_memory_mib") for row in summary.values()],
         "parameters trained, M": [_millions(row) for row in summary.values()],
         "extra time per point": [_extra_time(row) for row in summary.values()],
         "published": [published.get(name, "") for name in summary],
@@ -103,8 +103,8 @@ def reading_notes(result: Mapping[str, Any]) -> list[str]:
     ]
     if seeds[0] < 5:
         notes.append(
-            f"With {seeds[0]} to {seeds[-1]} seeds intervals are coarse: with two or three they "
-            "are the range of the differences, with one there is none."
+            f"{seeds[0]} {'seed is' if seeds[0] == 1 else 'seeds are'} few: with two or three the "
+            "interval is the range of the differences, with one there is none."
         )
     commits = sorted({str(run.get("commit"))[:7] for run in runs})
     iterations = sorted({run["iterations"] for run in runs})
@@ -116,19 +116,21 @@ def reading_notes(result: Mapping[str, Any]) -> list[str]:
     if any(_extra_time(row) for row in result["summary"].values()):
         notes.append(
             "Extra time per point: by how much of the baseline's a step is longer, for each point "
-            "of mIoU gained. Times are medians of what runs logged, on a machine that may have had "
-            "other work."
+            "of mIoU gained, where the interval is above 0. Times are medians of what runs logged, "
+            "on a machine that may have had other work."
         )
     if result.get("published"):
         notes.append(f"Published: {result['source']}. Not to be compared with ours as numbers.")
     return notes
 
 
-def _mean(row: Mapping[str, Any]) -> str:
+def mean_cell(row: Mapping[str, Any]) -> str:
+    """Mean and standard deviation."""
     return f"{row['mean']:.2f}" + ("" if row["std"] is None else f" ± {row['std']:.2f}")
 
 
-def _difference(row: Mapping[str, Any]) -> str:
+def difference_cell(row: Mapping[str, Any]) -> str:
+    """Mean paired difference and its interval."""
     found = row["difference"]
     if found is None:
         return ""
@@ -136,7 +138,8 @@ def _difference(row: Mapping[str, Any]) -> str:
     return f"{found['mean']:+.2f}{interval}"
 
 
-def _number(row: Mapping[str, Any], name: str, factor: float = 1.0) -> str:
+def number_cell(row: Mapping[str, Any], name: str, factor: float = 1.0) -> str:
+    """A value of the summary, times a factor; "" where it is not known."""
     return "" if row.get(name) is None else f"{factor * row[name]:,.0f}"
 
 

@@ -29,7 +29,7 @@ def summarize_runs(variants: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
         deviation of the mIoU over seeds; its differences to the reference on the same seeds, with
         their mean and its bootstrap interval; medians of time and memory over the runs; and
         "extra_time_per_point", by how many percent of the reference's a step is longer for each
-        point of mIoU gained, where points are gained.
+        point of mIoU gained, where the interval is above 0.
 
     Raises:
         ValueError: a run is unfinished or unreadable, a seed occurs twice, or the runs were
@@ -58,9 +58,9 @@ def summarize_runs(variants: Mapping[str, Sequence[Path]]) -> dict[str, Any]:
 def mean_difference(differences: Sequence[float]) -> dict[str, float | None]:
     """The mean of paired differences, with an interval that holds 95% of its bootstrap.
 
-    The percentile bootstrap: means of as many differences, drawn with replacement. With three seeds
-    or four the interval is their range, since a mean of equal draws of the least is more frequent
-    than 2.5% with three; it says little more than that. With one there is none.
+    The percentile bootstrap: means of as many differences, drawn with replacement. With two or
+    three the interval is their range, since all draws are of the least in more than 2.5% of the
+    cases. With one there is none.
 
     Args:
         differences: one for each seed, at least one.
@@ -146,6 +146,6 @@ def _costs(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 def _extra_time_per_point(row: Mapping[str, Any], reference: Mapping[str, Any]) -> float | None:
     gained = row["difference"]
     times = row["seconds_per_step"], reference["seconds_per_step"]
-    if gained is None or gained["mean"] <= 0 or None in times:
+    if gained is None or gained["low"] is None or gained["low"] <= 0 or None in times:
         return None
     return 100 * (times[0] / times[1] - 1) / gained["mean"]

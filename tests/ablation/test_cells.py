@@ -155,6 +155,9 @@ def test_another_setting_is_found(tmp_path: Path) -> None:
         "train.seed: 0, asked for 1",
         "train.ema_decay: absent, asked for 0.9",
     )
+    (found,) = examine([changed], ["train.ema", "train.seed"])
+    assert found.differences == ("train.ema_decay: absent, asked for 0.9",)
+    assert examine([changed], ["train"])[0].state == "finished"
 
 
 def test_an_equal_cell_of_another_ablation_is_taken(tmp_path: Path) -> None:
