@@ -94,7 +94,7 @@ def by_outcome(role: str, draw: DrawnPixels) -> dict[str, DrawnPixels]:
     if role != "anchors" or draw.wrong is None:
         return {role: draw}
     parts = {"anchors": ~draw.wrong, "hard anchors": draw.wrong}
-    return {name: DrawnPixels(*(x[part] for x in draw)) for name, part in parts.items()}
+    return {name: DrawnPixels(*(x[part] for x in draw)) for name, part in parts.items()}  # pyright: ignore[reportOptionalSubscript]
 
 
 def _on_host(draw: DrawnPixels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -137,7 +137,7 @@ def paint_squares(
         hollow: paint a frame of one pixel within the rim, and leave what it surrounds.
     """
     reach = side // 2
-    offsets = np.stack(np.mgrid[-reach : reach + 1, -reach : reach + 1], axis=-1).reshape(-1, 2)
+    offsets = np.stack(np.mgrid[-reach : reach + 1, -reach : reach + 1], axis=-1).reshape(-1, 2)  # pyright: ignore[reportArgumentType, reportCallIssue]
     ring = np.abs(offsets).max(axis=1)
     inner = ring == reach - 1 if hollow else ring < reach
     limits = np.array(canvas.shape[:2]) - 1

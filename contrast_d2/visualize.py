@@ -228,7 +228,7 @@ def plot_curves(
             _draw_losses(axes, lines, smoothing, color_of if len(runs) > 1 else None)
         axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)  # pyright: ignore[reportCallIssue, reportOptionalMemberAccess]
     _legends(figure, one_run=len(runs) == 1)
     if len(runs) == 1:
         figure.suptitle(next(iter(runs)), fontsize=11, weight="bold", color=TEXT)

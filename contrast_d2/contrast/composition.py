@@ -75,7 +75,7 @@ class ContrastSum(nn.Module):
     def inspection(self, inspection: Inspection | None) -> None:
         self._inspection = inspection
         for name, method in self.methods.items():
-            method.inspection = None if inspection is None else inspection.named(name)
+            method.inspection = None if inspection is None else inspection.named(name)  # pyright: ignore[reportArgumentType]
 
     def forward(
         self,
@@ -103,10 +103,10 @@ class ContrastSum(nn.Module):
         projections: dict[tuple[str, str], Tensor] = {}
         maps: dict[str, dict[str, Tensor]] = {}
         for name, method in self.methods.items():
-            maps[name] = method.projector.select(features)
+            maps[name] = method.projector.select(features)  # pyright: ignore[reportCallIssue]
             if method.contrasts_projections:
                 maps[name] = self._project(name, maps[name], projections)
-        return self._contrast(maps, logits, labels, generator)
+        return self._contrast(maps, logits, labels, generator)  # pyright: ignore[reportCallIssue]
 
     def _project(
         self,
@@ -115,11 +115,11 @@ class ContrastSum(nn.Module):
         projections: dict[tuple[str, str], Tensor],
     ) -> dict[str, Tensor]:
         """Embedding maps (B, D, h, w) of a method: those there are already, and new ones."""
-        heads = self.methods[name].projector.heads
+        heads = self.methods[name].projector.heads  # pyright: ignore[reportAttributeAccessIssue]
         for feature, x in maps.items():
             key = self._head_of[name, feature], feature
             if key not in projections:
-                projections[key] = heads[feature](x)
+                projections[key] = heads[feature](x)  # pyright: ignore[reportArgumentType, reportCallIssue, reportIndexIssue]
         return {feature: projections[self._head_of[name, feature], feature] for feature in maps}
 
     # The methods' own breaks of a compiled graph would fall into a loop, where it cannot resume.
@@ -135,7 +135,7 @@ class ContrastSum(nn.Module):
         losses: dict[str, Tensor] = {}
         statistics: dict[str, Tensor] = {}
         for name, method in self.methods.items():
-            output = method.contrast(maps[name], logits, labels, generator)
+            output = method.contrast(maps[name], logits, labels, generator)  # pyright: ignore[reportCallIssue]
             for key, loss in output.losses.items():
                 renamed = f"{_LOSS}{name}_{key.removeprefix(_LOSS)}"
                 assert renamed not in losses, f"two losses are named {renamed}"

@@ -66,10 +66,10 @@ class AdaptiveFusion(nn.Module):
         self.mix = nn.ModuleList([nn.Linear(2 * embed_dim, embed_dim) for _ in range(num_layers)])
         for linear in self.mix:
             with torch.no_grad():
-                own, deepest = linear.weight.split(embed_dim, dim=1)
+                own, deepest = linear.weight.split(embed_dim, dim=1)  # pyright: ignore[reportCallIssue]
                 nn.init.eye_(own).mul_(1 - deepest_weight)
                 nn.init.eye_(deepest).mul_(deepest_weight)
-            nn.init.zeros_(linear.bias)
+            nn.init.zeros_(linear.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(
         self, anchors: Tensor, deepest: Tensor, exists: Tensor, exists_deepest: Tensor

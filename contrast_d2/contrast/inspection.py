@@ -17,6 +17,7 @@ samples, D embedding width, N drawn pixels, R S parts of A and C.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -113,7 +114,7 @@ class Inspection:
         self._batch.update(labels=labels, logits=logits)
 
     @torch.no_grad()
-    def add_draw(self, scale: str, role: Role, size: tuple[int, int], draw: PixelDraw) -> None:
+    def add_draw(self, scale: str, role: Role, size: Sequence[int], draw: PixelDraw) -> None:
         """Notes pixels that were drawn; the padding of a draw is left out.
 
         Args:

@@ -185,7 +185,7 @@ class MultiScaleContrast(ContrastMethod):
         self.across_processes = across_processes
         self.projection = projection
         self.norm_statistics = norm_statistics
-        self.products = products
+        self.products: Products = products
         self.negatives = negatives
 
     @property
@@ -259,8 +259,8 @@ class MultiScaleContrast(ContrastMethod):
         rows = gather_pixels(pixels, draw.image, draw.pixel, distinct=distinct)
         if self.projection == "sampled":
             head = self.projector.heads[name]
-            statistics = head.map_statistics(pixels) if self.norm_statistics == "map" else None
-            rows = head.project_rows(rows, draw.labels >= 0, statistics)
+            statistics = head.map_statistics(pixels) if self.norm_statistics == "map" else None  # pyright: ignore[reportCallIssue]
+            rows = head.project_rows(rows, draw.labels >= 0, statistics)  # pyright: ignore[reportCallIssue]
         return unit_vectors(rows)
 
     def _term_loss(self, term: _Term, source: Anchors, target: _ContrastSet) -> Tensor:
@@ -377,7 +377,7 @@ def _draw_negatives(
     if logits is None:
         raise ValueError("boundary-aware negatives need the class scores of the segmentation head.")
     predictions = [predicted_labels(logits, tuple(x.shape[-2:])) for x in label_maps]
-    return sampler(label_maps, predictions, generator)
+    return sampler(label_maps, predictions, generator)  # pyright: ignore[reportCallIssue]
 
 
 def _gathered(part: Anchors) -> Anchors:

@@ -127,7 +127,7 @@ class PixelContrast(ContrastMethod):
         self.pairs = pairs
         self.negatives = negatives
         self.across_processes = across_processes
-        self.products = products
+        self.products: Products = products
 
     # How many pixels are drawn is known at run time only: a compiled step has one graph up to here.
     @torch.compiler.disable
@@ -165,7 +165,7 @@ class PixelContrast(ContrastMethod):
             (draw,) = self.sampler([label_map], [predictions], generator)
             negatives = None
             if self.negatives is not None:
-                (negatives,) = self.negatives([label_map], [predictions], generator)
+                (negatives,) = self.negatives([label_map], [predictions], generator)  # pyright: ignore[reportCallIssue]
             if self.inspection is not None:
                 size = tuple(label_map.shape[-2:])
                 self.inspection.add_draw(self.feature, "anchors", size, draw)

@@ -345,7 +345,7 @@ class PNE(ContrastMethod):
         labels, size = label_map.flatten().long(), tuple(label_map.shape[-2:])
         for role, pixels in (("anchors", drawn.anchors), ("samples", drawn.samples.unique())):
             where = _image_and_pixel(pixels, size[0] * size[1])
-            inspection.add_draw(self.feature, role, size, PixelDraw(*where, labels[pixels], None))
+            inspection.add_draw(self.feature, role, size, PixelDraw(*where, labels[pixels], None))  # pyright: ignore[reportArgumentType]
         # Negatives may lie among the anchors, whose places are those after the samples.
         samples = torch.cat([drawn.samples, drawn.anchors])
         group, _ = expand(drawn.groups.anchors, len(drawn.anchors))

@@ -243,8 +243,8 @@ def _batch_norm(layer: _BatchNorm, rows: Tensor, statistics: ChannelStatistics) 
     if layer.training:
         mean, var, count = statistics
         _move_running_statistics(layer, statistics)
-    scale = layer.weight * (var + layer.eps).rsqrt()
-    return ((rows - mean) * scale + layer.bias).to(rows.dtype)
+    scale = layer.weight * (var + layer.eps).rsqrt()  # pyright: ignore[reportOptionalOperand]
+    return ((rows - mean) * scale + layer.bias).to(rows.dtype)  # pyright: ignore[reportOperatorIssue]
 
 
 @torch.no_grad()
@@ -254,9 +254,9 @@ def _move_running_statistics(layer: _BatchNorm, statistics: ChannelStatistics) -
     unbiased = var * (count / (count - 1).clamp(min=1))
     # As PyTorch's own update, this one is none of autograd's business: the graph of a map that went
     # through the layer before holds these buffers, but makes no use of them in training.
-    layer.running_mean.data.lerp_(mean, layer.momentum * exists)
-    layer.running_var.data.lerp_(unbiased, layer.momentum * exists)
-    layer.num_batches_tracked.add_(exists.to(layer.num_batches_tracked.dtype))
+    layer.running_mean.data.lerp_(mean, layer.momentum * exists)  # pyright: ignore[reportOptionalMemberAccess, reportOptionalOperand]
+    layer.running_var.data.lerp_(unbiased, layer.momentum * exists)  # pyright: ignore[reportOptionalMemberAccess, reportOptionalOperand]
+    layer.num_batches_tracked.add_(exists.to(layer.num_batches_tracked.dtype))  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def _at_least_fp32(values: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class BalancedSampler:
         """
         if self.fixed_size:
             return self._draw(label_maps, generator)
-        return self._draw_outside_graphs(label_maps, generator)
+        return self._draw_outside_graphs(label_maps, generator)  # pyright: ignore[reportCallIssue]
 
     @torch.compiler.disable
     def _draw_outside_graphs(

@@ -274,7 +274,7 @@ class RandomScaledCrop(T.Augmentation):
         by_class = self.class_crop > 0 and np.random.uniform() < self.class_crop
         for _ in range(_TRIES):
             first, last = np.zeros(2, dtype=int), room
-            pixel = self._draw_class_pixel(sem_seg) if by_class else None
+            pixel = self._draw_class_pixel(sem_seg) if by_class else None  # pyright: ignore[reportArgumentType]
             if pixel is not None:
                 # Where there is padding there is no room, and its offset plays no part.
                 moved = (2 * pixel + 1) * scaled_size // (2 * np.array(size))
@@ -288,7 +288,7 @@ class RandomScaledCrop(T.Augmentation):
                 self.pad.pad_value,
                 self.pad.ignore_label,
             )
-            if self.max_class_area == 1 or self._is_mixed(transform.apply_segmentation(sem_seg)):
+            if self.max_class_area == 1 or self._is_mixed(transform.apply_segmentation(sem_seg)):  # pyright: ignore[reportArgumentType]
                 break
         return transform
 

@@ -62,7 +62,7 @@ def plot_planes(
             markersize=6,
             markeredgecolor=MUTED,
             markeredgewidth=0.3,
-            markerfacecolor=np.asarray(colors[k]) / 255,
+            markerfacecolor=tuple(np.asarray(colors[k]) / 255),
             label=entry,
         )
         for k, entry in zip(present, entries, strict=True)

@@ -80,8 +80,8 @@ class LayerTap:
             seen.update(output=output)
 
         hooks = [
-            self._model.backbone.register_forward_hook(keep_backbone),
-            self._model.sem_seg_head.register_forward_hook(keep_decoder),
+            self._model.backbone.register_forward_hook(keep_backbone),  # pyright: ignore[reportAttributeAccessIssue]
+            self._model.sem_seg_head.register_forward_hook(keep_decoder),  # pyright: ignore[reportAttributeAccessIssue]
         ]
         try:
             self._model([{"image": sample["image"]}])

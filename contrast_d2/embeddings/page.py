@@ -194,7 +194,7 @@ def _plot(
         color = ",".join(str(int(c)) for c in colors[k])
         yield (
             f'<button data-class="{k}" aria-pressed="true"><span class="dot" '
-            f'style="background:rgb({color})"></span>{escape(class_names[k])}</button>'
+            f'style="background:rgb({color})"></span>{escape(class_names[k])}</button>'  # pyright: ignore[reportArgumentType]
         )
     yield '</p><div class="planes">'
     for number, name in enumerate(studies):

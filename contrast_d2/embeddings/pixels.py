@@ -192,7 +192,7 @@ class _Sizes(NamedTuple):
 
 def _checked_sizes(outputs: Mapping[str, LayerOutput]) -> _Sizes:
     sizes = {
-        name: _Sizes(output.padded_size, tuple(output.features.shape[-2:]))
+        name: _Sizes(output.padded_size, tuple(output.features.shape[-2:]))  # pyright: ignore[reportArgumentType]
         for name, output in outputs.items()
     }
     if len(set(sizes.values())) > 1:

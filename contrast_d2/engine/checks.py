@@ -78,7 +78,7 @@ def _class_counts(node: Any, path: str) -> Iterator[tuple[str, int]]:
         if OmegaConf.is_missing(node, name):
             continue
         if name == "num_classes":
-            yield f"{path}{name}", node[name]
+            yield f"{path}{name}", node[name]  # pyright: ignore[reportArgumentType]
         elif OmegaConf.is_config(node._get_node(name)):
             yield from _class_counts(node[name], f"{path}{name}.")
 
@@ -93,7 +93,7 @@ def check_crop(crop_size: Sequence[int] | None, model: nn.Module) -> None:
     Raises:
         ValueError: a crop has less than a pixel on the coarsest feature map.
     """
-    strides = {name: shape.stride for name, shape in model.backbone.output_shape().items()}
+    strides = {name: shape.stride for name, shape in model.backbone.output_shape().items()}  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     coarsest = max(strides, key=strides.__getitem__)
     if crop_size is not None and min(crop_size) < strides[coarsest]:
         raise ValueError(

@@ -13,7 +13,6 @@ from PIL import Image
 from torch import nn
 
 from ..contrast import DrawnPixels, Inspection
-from ..contrast.inspection import Role
 from ..dashboard import bars_figure, class_counts, draws_picture, figure_pixels, similarity_figure
 from .files import write_atomically
 
@@ -60,15 +59,16 @@ class Dashboard(HookBase):
 
     def before_step(self) -> None:
         if (self.trainer.iter + 1) % self._period == 0:
-            self._contrast.inspection = Inspection(len(self._class_names))
+            self._contrast.inspection = Inspection(len(self._class_names))  # pyright: ignore[reportArgumentType]
 
     def after_step(self) -> None:
         if (self.trainer.iter + 1) % self._period == 0:
-            inspection, self._contrast.inspection = self._contrast.inspection, None
-            self._show(inspection, self.trainer.last_batch)
+            inspection, self._contrast.inspection = self._contrast.inspection, None  # pyright: ignore[reportArgumentType]
+            self._show(inspection, self.trainer.last_batch)  # pyright: ignore[reportArgumentType]
 
     def after_train(self) -> None:
-        self._contrast.inspection = None  # after a step that failed
+        # After a step that failed.
+        self._contrast.inspection = None  # pyright: ignore[reportArgumentType]
 
     def _show(self, inspection: Inspection, batch: Sequence[dict[str, Any]]) -> None:
         os.makedirs(self._folder, exist_ok=True)
@@ -93,7 +93,7 @@ class Dashboard(HookBase):
     def _draws_picture(
         self,
         inspection: Inspection,
-        draws: Mapping[Role, DrawnPixels],
+        draws: Mapping[Any, DrawnPixels],
         batch: Sequence[dict[str, Any]],
     ) -> np.ndarray:
         shown = batch[:_SHOWN]

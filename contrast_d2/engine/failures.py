@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch.distributed import Store
+from torch.distributed import Store  # pyright: ignore[reportPrivateImportUsage]
 
 
 class ProcessFailedError(RuntimeError):

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from detectron2.utils import comm
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from .failures import FailureLog, ProcessFailedError, host_name
@@ -128,13 +128,13 @@ def launch(
     job = job._replace(port=store.port)
     if num_machines > 1:
         _check_machines(job, store)
-    context = mp.start_processes(
+    context = mp.start_processes(  # pyright: ignore[reportPrivateImportUsage]
         _worker, (job, main, args), num_processes, join=False, start_method="spawn"
     )
     try:
-        _watch(context.processes, job, store)
+        _watch(context.processes, job, store)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
     finally:
-        _stop(context.processes)
+        _stop(context.processes)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
 
 
 def leave_groups() -> None:

@@ -25,7 +25,7 @@ from detectron2.utils.events import EventWriter
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 from omegaconf import DictConfig, OmegaConf
-from timm.layers import convert_sync_batchnorm
+from timm.layers import convert_sync_batchnorm  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 
 from ..evaluation import InferenceProtocol

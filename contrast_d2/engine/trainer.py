@@ -134,7 +134,7 @@ class Trainer(TrainerBase):
             with self._without_sync(last=step + 1 == self.accumulation_steps):
                 batch_losses = self._forward(batch)
                 total = sum(batch_losses.values()) / self.accumulation_steps
-                self._scaler.scale(total).backward()
+                self._scaler.scale(total).backward()  # pyright: ignore[reportArgumentType, reportCallIssue]
             batches.append(batch)
             losses.append({name: loss.detach() for name, loss in batch_losses.items()})
             statistics.append(dict(self._statistics()))

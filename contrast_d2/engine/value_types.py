@@ -73,7 +73,7 @@ def _calls(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
             return
         if "_target_" in node:
             yield path, node
-        names: list[Any] = [name for name in node if not OmegaConf.is_interpolation(node, name)]
+        names: list[Any] = [name for name in node if not OmegaConf.is_interpolation(node, name)]  # pyright: ignore[reportArgumentType]
     elif isinstance(node, ListConfig):
         names = list(range(len(node)))
     else:

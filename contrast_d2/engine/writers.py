@@ -95,7 +95,7 @@ class WandbWriter(TrackerWriter):
     """
 
     def __init__(self, output_dir: str, *, resumed: bool) -> None:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
 
         super().__init__()
         self._wandb = wandb

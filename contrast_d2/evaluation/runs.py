@@ -173,8 +173,8 @@ def _nodes(config: DictConfig | ListConfig) -> Iterator[DictConfig | ListConfig]
     yield config
     keys = config if isinstance(config, DictConfig) else range(len(config))
     for key in keys:
-        if OmegaConf.is_config(config[key]):
-            yield from _nodes(config[key])
+        if OmegaConf.is_config(config[key]):  # pyright: ignore[reportArgumentType]
+            yield from _nodes(config[key])  # pyright: ignore[reportArgumentType]
 
 
 def last_scores(run_dir: str | Path, metrics: Metrics) -> RunScores | None:

@@ -41,7 +41,7 @@ class LossSum(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Args: logits (B, K, H, W), labels (B, H, W). Returns a 0-dim tensor."""
-        return sum(self.weights[name] * loss(logits, labels) for name, loss in self.losses.items())
+        return sum(self.weights[name] * loss(logits, labels) for name, loss in self.losses.items())  # pyright: ignore[reportReturnType]
 
 
 class SegLoss(nn.Module):

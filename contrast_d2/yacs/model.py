@@ -228,7 +228,7 @@ def _settings_read(cfg: ReadKeys, build: Callable[[CfgNode], Any]) -> dict[str, 
 def _config_with(settings: Mapping[str, Any]) -> CfgNode:
     """The default config with some keys set, also with such as only its owner knows."""
     if isinstance(settings, DictConfig):
-        settings = OmegaConf.to_container(settings)
+        settings = OmegaConf.to_container(settings)  # pyright: ignore[reportAssignmentType]
     cfg = get_cfg()
     add_contrast_config(cfg)
     cfg.set_new_allowed(True)

@@ -156,7 +156,7 @@ def _links(argument: Argument, factory: Callable[..., Any]) -> dict[str, str]:
     """
     outer = arguments(factory)
     links = {other.name: f"${{..{other.name}}}" for other in outer}
-    required = [own.name for own in arguments(argument.part) if own.default is REQUIRED]
+    required = [own.name for own in arguments(argument.part) if own.default is REQUIRED]  # pyright: ignore[reportArgumentType]
     for other in outer:
         if other.part is not None and other != argument:
             shared = [inner.name for inner in arguments(other.part) if inner.name in required]

@@ -135,7 +135,7 @@ def _read_label(path: str) -> tuple[LabelFacts, np.ndarray | None]:
         table = np.asarray(image.getpalette("RGB")).reshape(-1, 3)
         palette = {v: tuple(int(c) for c in table[v]) for v in found if v < len(table)}
     counts = dict(zip(found, counts.tolist(), strict=True))
-    return LabelFacts("", image.mode, values.shape, counts, palette), values
+    return LabelFacts("", image.mode, values.shape, counts, palette), values  # pyright: ignore[reportArgumentType]
 
 
 def _color_facts(image: Image.Image) -> LabelFacts:
