@@ -9,6 +9,7 @@ Usage:
     python tools/benchmark.py methods configs/camvid/semfpn_r18_{base,ms_cs,pixel}_cpu.py
     python tools/benchmark.py data --output results/performance_data.json
     python tools/benchmark.py evaluation --output results/performance_evaluation.json
+    python tools/benchmark.py dashboard configs/camvid/semfpn_r18_{ms_cs,pne}_cpu.py
     python tools/benchmark.py model configs/cityscapes/fcn_hrnet48_{base,ms_cs}_40k.py --batch 2
     python tools/benchmark.py model --suite gpu --output results/performance_model_gpu.json
     python tools/benchmark.py tables
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_growth(commands)
     _add_projection(commands)
     _add_methods(commands)
+    _add_dashboard(commands)
     _add_model(commands)
     _add_data(commands)
     _add_evaluation(commands)
@@ -115,6 +117,16 @@ def _add_methods(commands: Any) -> None:
         "files", nargs="+", type=Path, metavar="FILE", help="experiment files, the baseline first"
     )
     parser.add_argument("--weights", default="", metavar="FILE", help="checkpoint of the baseline")
+
+
+def _add_dashboard(commands: Any) -> None:
+    parser = _add_measurement(
+        commands, "dashboard", "training steps that the dashboard of the contrast shows"
+    )
+    parser.set_defaults(run=_dashboard)
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="experiment files with a contrast"
+    )
 
 
 def _add_data(commands: Any) -> None:
@@ -233,6 +245,17 @@ def _methods(options: argparse.Namespace) -> int:
             raise ValueError(f"{path}: there is no such file")
     work = methods.MethodStep({path.stem: str(path) for path in options.files}, options.weights)
     _write(methods.measure(work, **_settings(options)), options.output)
+    return 0
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    for path in options.files:
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such file")
+    from bench import dashboard  # brings detectron2, which other measurements do without
+
+    files = {path.stem: str(path) for path in options.files}
+    _write(dashboard.measure(files, **_settings(options)), options.output)
     return 0
 
 

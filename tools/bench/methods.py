@@ -71,7 +71,7 @@ class MethodStep:
         # Imported here: the measurements of the contrastive step do without detectron2.
         from detectron2.config import instantiate
 
-        model = instantiate(_config(self.files[name]).model).train()
+        model = instantiate(experiment(self.files[name]).model).train()
         if self.weights:
             state = torch.load(self.weights, map_location="cpu", weights_only=True)
             unfit = model.load_state_dict(state.get("model", state), strict=False)
@@ -86,7 +86,7 @@ class MethodStep:
     def _batch(self) -> list[dict[str, Any]]:
         from detectron2.config import instantiate
 
-        config = _config(next(iter(self.files.values())))
+        config = experiment(next(iter(self.files.values())))
         if self.scene is None:
             return next(iter(instantiate(config.dataloader.train)))
         scene = self.scene
@@ -214,10 +214,11 @@ def measure_step(
     }
 
 
-def _config(path: str) -> Any:
+def experiment(path: str) -> Any:
+    """The config of an experiment file, with random weights and a contrast past its warm-up."""
     from contrast_d2.engine import load_config
 
-    config = load_config(path)
+    config = loadexperiment(path)
     if "pretrained" in config.model.backbone:
         config.model.backbone.pretrained = False
     config.dataloader.train.num_workers = 0
@@ -230,7 +231,7 @@ def _config(path: str) -> Any:
 def _optimizer(path: str, model: nn.Module) -> torch.optim.Optimizer:
     from detectron2.config import instantiate
 
-    optimizer = _config(path).optimizer
+    optimizer = experiment(path).optimizer
     optimizer.params.model = model
     return instantiate(optimizer)
 
