@@ -218,7 +218,7 @@ def experiment(path: str) -> Any:
     """The config of an experiment file, with random weights and a contrast past its warm-up."""
     from contrast_d2.engine import load_config
 
-    config = loadexperiment(path)
+    config = load_config(path)
     if "pretrained" in config.model.backbone:
         config.model.backbone.pretrained = False
     config.dataloader.train.num_workers = 0
