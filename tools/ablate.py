@@ -48,6 +48,7 @@ from contrast_d2.ablation import (
     write_page,
 )
 from contrast_d2.engine import load_config
+from contrast_d2.resources import find_config
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_net.py"
 
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        ablation = read_definition(options.definition)
+        ablation = read_definition(find_config(str(options.definition)))
         cells = plan_cells(ablation, options.output, load_config)
         chosen = _chosen(ablation, cells, options)
         parameters = count_parameters(ablation)

@@ -40,7 +40,7 @@ def test_the_interval_is_that_of_scipy(count: int) -> None:
         (differences,), np.mean, n_resamples=50_000, method="percentile", rng=0
     ).confidence_interval
     assert found["mean"] == pytest.approx(differences.mean())
-    assert (found["low"], found["high"]) == pytest.approx(theirs, abs=0.06)
+    assert (found["low"], found["high"]) == pytest.approx((theirs.low, theirs.high), abs=0.06)
 
 
 def test_with_few_seeds_the_interval_is_their_range_or_none() -> None:
