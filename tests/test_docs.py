@@ -52,6 +52,8 @@ PLACEHOLDERS = {
     "configs/camvid/semfpn_r18_ms_cs_half.py": "configs/camvid/semfpn_r18_ms_cs_6k.py",
     "configs/my_data/semfpn_r18_ms_cs.py": "configs/camvid/semfpn_r18_ms_cs_6k.py",
     "configs/my_data/semfpn_r18_ms_cs_6k.py": "configs/camvid/semfpn_r18_ms_cs_6k.py",
+    "OVERRIDES": "train.max_iter=3",
+    "train.seed=SEED": "train.seed=1",
     "N": "1",
     "S": "1",
 }

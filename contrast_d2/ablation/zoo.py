@@ -16,7 +16,7 @@ _HEAD = """\
 # Model zoo
 
 Written by `python tools/model_zoo.py` from [`results/`](results/README.md) and
-[`configs/ablations/`](configs/ablations); change those, and run it again.
+`configs/ablations/`; change those, and run it again.
 
 ## How to read it
 
