@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,3 +74,5 @@ def write_confusion_picture(confusion: Tensor, class_names: Sequence[str], path:
     """Writes `plot_confusion` as a PNG file, opened through detectron2's PathManager."""
     with PathManager.open(path, "wb") as file:
         plot_confusion(confusion, class_names).savefig(file, format="png", dpi=150)
+    # A figure is a knot of cycles and holds some MiB; Python would look for it after many more.
+    gc.collect()

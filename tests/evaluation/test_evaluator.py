@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import inspect
 import json
 import logging
@@ -14,11 +15,12 @@ import torch
 import torch.distributed as dist
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator as DetectronSemSegEvaluator
+from matplotlib.figure import Figure
 from PIL import Image
 
 import contrast_d2.data  # noqa: F401  (registers the datasets)
 from contrast_d2.evaluation import BoundaryIoU, Measure, SemSegEvaluator, TrimapIoU
-from contrast_d2.evaluation.confusion_files import plot_confusion
+from contrast_d2.evaluation.confusion_files import plot_confusion, write_confusion_picture
 from tests.helpers import run_processes
 
 from .catalog import register
@@ -207,6 +209,15 @@ def test_confusion_matrix_is_saved_as_table_and_picture(make_dataset, tmp_path):
     np.testing.assert_array_equal(drawn, [[50, 0, 50], [0, 100, 0], [-1, -1, -1]])
     assert [text.get_text() for text in axes.texts] == ["50", "50", "100"]
     assert not plot_confusion(torch.eye(26), [str(k) for k in range(26)]).axes[0].texts
+
+
+def test_a_written_picture_is_gone_from_memory(tmp_path):
+    def figures():
+        return sum(isinstance(thing, Figure) for thing in gc.get_objects())
+
+    before = figures()
+    write_confusion_picture(torch.eye(3), "abc", str(tmp_path / "confusion.png"))
+    assert figures() == before
 
 
 def test_groups_of_the_dataset_and_of_the_training_set(make_dataset, monkeypatch, tmp_path):
