@@ -215,6 +215,7 @@ def test_a_written_picture_is_gone_from_memory(tmp_path):
     def figures():
         return sum(isinstance(thing, Figure) for thing in gc.get_objects())
 
+    gc.collect()  # of other tests
     before = figures()
     write_confusion_picture(torch.eye(3), "abc", str(tmp_path / "confusion.png"))
     assert figures() == before
