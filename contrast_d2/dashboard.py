@@ -28,7 +28,7 @@ _STYLES = {
 }
 CONTOUR, _RIM = (255, 255, 255), (0, 0, 0)
 # Of the image's light and colours, so much is left under marks and contours.
-_LIGHT, _COLOR = 0.6, 0.4
+_LIGHT, _COLOR = 0.8, 0.4
 # The shorter side of an image is enlarged to about so many pixels, and the longer reduced to them.
 _SMALLEST, _LARGEST = 480, 1024
 # More classes than that are not named on the axes of a matrix, and more are not written into it.

@@ -90,8 +90,9 @@ def test_tensorboard_shows_every_period(tmp_path: Path) -> None:
         assert Image.open(file).size == (newest.width, newest.height)
 
 
-def test_histograms_are_of_what_was_contrasted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("batches_per_step", [1, 2])
+def test_the_last_batch_of_the_step_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batches_per_step: int
 ) -> None:
     kept = []
     original = Dashboard._show
@@ -101,9 +102,11 @@ def test_histograms_are_of_what_was_contrasted(
         original(self, inspection, batch)
 
     monkeypatch.setattr(Dashboard, "_show", show)
-    train(tmp_path, 2, tiny_contrast(), length=2)
+    train(tmp_path, 2, tiny_contrast(), length=2, accumulation_steps=batches_per_step)
     ((inspection, batch),) = kept
-    assert [x["file_name"] for x in batch] == [f"folder/image_1_{j}.png" for j in range(3)]
+    last = 2 * batches_per_step - 1
+    assert [x["file_name"] for x in batch] == [f"folder/image_{last}_{j}.png" for j in range(3)]
+    assert torch.equal(inspection.labels, torch.stack([x["sem_seg"] for x in batch]))
     found = events(tmp_path)
     for term, similarities in inspection.similarities.items():
         values = similarities.positive.double().numpy()
