@@ -60,7 +60,7 @@ def test_labels_have_the_look_of_their_datasets() -> None:
 def test_ignored_labels_are_those_of_the_dataset(monkeypatch: pytest.MonkeyPatch) -> None:
     config = methods.experiment(str(DEMO[0]))
     config.dataset.ignore_label = 9
-    monkeypatch.setattr(methods, "_config", lambda path: config)
+    monkeypatch.setattr(methods, "experiment", lambda path: config)
     batch = models.step_of(DEMO, batch=4, size=(64, 96))._batch()
     assert {tuple(x["image"].shape) for x in batch} == {(3, 64, 96)}
     labels = torch.stack([x["sem_seg"] for x in batch])
