@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -89,6 +90,8 @@ class Dashboard(HookBase):
             for ring, shares in inspection.bank_fill.items()
         }
         self._put_bars("bank_fill", fills, "slots that are filled (%)")
+        # A figure is a knot of cycles and holds some MiB; Python would look for it after many more.
+        gc.collect()
 
     def _draws_picture(
         self,
