@@ -198,6 +198,13 @@ def test_packages_and_extras(install, monkeypatch: pytest.MonkeyPatch) -> None:
         (OK, "installed: a, c."),
         (NOTE, "not installed, and needed for some tools only: b."),
     ]
+    assert of_extras[1].command.endswith("pip install 'contrast_d2[b]'")
+    known = software.version_of
+    monkeypatch.setattr(
+        software, "version_of", lambda name: None if name == "contrast_d2" else known(name)
+    )
+    in_place = list(software.check_packages())[-1].command
+    assert in_place.endswith(f"pip install -e '{software.ROOT}[b]'")
     install("thing", version="1.10")
     monkeypatch.setattr(software, "requirements", lambda: (["thing>=1.10,<2"], {}))
     shutil.rmtree(Path(sys.path[0]) / "thing-1.9.3.dist-info")

@@ -139,9 +139,11 @@ def check_packages() -> Iterator[Finding]:
     if present:
         yield Finding("extras", OK, f"installed: {', '.join(present)}.")
     if absent:
-        target = f"{ROOT}[{','.join(absent)}]"
+        # Of a package that is installed pip looks for what its extras lack, and for nothing else.
+        place = ["contrast_d2"] if version_of("contrast_d2") else ["-e", str(ROOT)]
+        place[-1] += f"[{','.join(absent)}]"
         text = f"not installed, and needed for some tools only: {', '.join(absent)}."
-        yield Finding("extras", NOTE, text, pip("install", "-e", target))
+        yield Finding("extras", NOTE, text, pip("install", *place))
 
 
 def _name(requirement: str) -> str:
