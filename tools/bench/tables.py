@@ -1,4 +1,4 @@
-"""The tables of docs/{performance,methods,models,evaluation}.md, made from the results.
+"""The tables of docs/{performance,methods,models,...}.md, made from the results.
 
 A table stands between two comments, of which the first names its results and its kind:
 
@@ -18,7 +18,7 @@ from typing import Any
 from .workloads import OURS
 
 # In the folder docs/, without suffix.
-DOCUMENTS = ("performance", "methods", "models", "evaluation")
+DOCUMENTS = ("performance", "methods", "models", "evaluation", "dashboard")
 
 _MIB = 1 << 20
 _SECTION = re.compile(r"(<!-- ([\w.]+): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -211,6 +211,22 @@ def _evaluations(found: Mapping[str, Any]) -> str:
     return _table(["scores in memory", "evaluator", "ms", "times as fast as detectron2's"], rows)
 
 
+def _dashboards(found: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            f"`{name}`",
+            *(
+                f"{row['ms'][kind]['median'] / 1000:.2f}"
+                for kind in ("plain", "inspected", "shown")
+            ),
+            f"{row['event_kb'] / 1000:.2f}",
+        ]
+        for name, row in found["dashboards"].items()
+    ]
+    head = "experiment|a step, s|an inspected step, s|shown and written, s|in the event file, MB"
+    return _table(head.split("|"), rows)
+
+
 def _training_steps(found: Mapping[str, Any]) -> str:
     rows = []
     for case in found["cases"].values():
@@ -322,4 +338,5 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "exponents": _exponents,
     "loading": _loading,
     "evaluations": _evaluations,
+    "dashboards": _dashboards,
 }
