@@ -47,6 +47,7 @@ from contrast_d2.ablation import (
     train_cells,
     write_page,
 )
+from contrast_d2.backbones import without_starting_weights
 from contrast_d2.engine import load_config
 from contrast_d2.resources import find_config
 
@@ -161,9 +162,7 @@ def count_parameters(ablation: Ablation) -> dict[str, tuple[int, int]]:
     """
     counts = {}
     for variant in ablation.variants:
-        config = load_config(variant.config, variant.overrides).model
-        if config.backbone.get("pretrained"):
-            config.backbone.pretrained = False
+        config = without_starting_weights(load_config(variant.config, variant.overrides).model)
         try:
             with torch.device("meta"):
                 model = instantiate(config)

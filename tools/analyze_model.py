@@ -30,6 +30,7 @@ from detectron2.config import instantiate
 from omegaconf import DictConfig
 
 from contrast_d2.analysis import ModelCost, analyze, inference_differences
+from contrast_d2.backbones import without_starting_weights
 from contrast_d2.engine import load_config
 from contrast_d2.segmentor import ContrastiveSegmentor
 
@@ -114,10 +115,8 @@ def _measure(file: str, cfg: DictConfig, size: Sequence[int]) -> dict[str, Any]:
 
 def _build(cfg: DictConfig) -> ContrastiveSegmentor:
     """The config's model with random weights: what it costs does not depend on them."""
-    if "pretrained" in cfg.model.backbone:
-        cfg.model.backbone.pretrained = False
     torch.manual_seed(0)
-    return instantiate(cfg.model)
+    return instantiate(without_starting_weights(cfg.model))
 
 
 def _table(cost: ModelCost) -> str:

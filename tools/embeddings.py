@@ -39,6 +39,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from contrast_d2.backbones import without_starting_weights
 from contrast_d2.embeddings import (
     PLANE_TITLES,
     PLANES,
@@ -200,9 +201,7 @@ def _tap(cfg: DictConfig, weights: str, layer: str) -> LayerTap:
     cfg = cfg.copy()
     if not is_projection(layer):
         cfg.model.contrast = None
-    if "pretrained" in cfg.model.backbone:  # the checkpoint replaces what would be downloaded
-        cfg.model.backbone.pretrained = False
-    model = instantiate(cfg.model).eval()
+    model = instantiate(without_starting_weights(cfg.model)).eval()
     tap = LayerTap(model, layer)
     if is_projection(layer):
         _check_projector(model, weights, layer)

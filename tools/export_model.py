@@ -23,6 +23,7 @@ import torch
 from detectron2.config import instantiate
 from torch import Tensor
 
+from contrast_d2.backbones import without_starting_weights
 from contrast_d2.engine import Checkpointer, load_config
 from contrast_d2.engine.checkpoint import write_atomically
 from contrast_d2.export import (
@@ -95,9 +96,7 @@ def _export(options: argparse.Namespace) -> int:
 def _load(config_file: str, weights: str, overrides: list[str]) -> InferenceModel:
     cfg = load_config(config_file, overrides)
     cfg.model.contrast = None
-    if "pretrained" in cfg.model.backbone:  # the checkpoint replaces what would be downloaded
-        cfg.model.backbone.pretrained = False
-    segmentor = instantiate(cfg.model)
+    segmentor = instantiate(without_starting_weights(cfg.model))
     Checkpointer(segmentor).load_for_inference(weights)
     return InferenceModel(segmentor)
 

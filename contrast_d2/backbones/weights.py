@@ -1,18 +1,22 @@
-"""Weights of timm's models from a local file."""
+"""The weights that backbones start a training from: from a local file, or none."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import timm
 import torch
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
+
+# Arguments of backbones, and how they are set where a checkpoint replaces what they name.
+_STARTING_WEIGHTS = {"pretrained": False, "weights_file": None}
 
 
 def load_weights_file(model: nn.Module, name: str, path: str) -> None:
@@ -47,6 +51,32 @@ def load_weights_file(model: nn.Module, name: str, path: str) -> None:
     if misfit:
         raise ValueError(f"weights_file={path} does not fit {name}: {misfit}.")
     model.load_state_dict(found, strict=False)
+
+
+def without_starting_weights(model: DictConfig) -> DictConfig:
+    """A model's config with which it is built without downloading or reading any weights.
+
+    Args:
+        model: config of a model, or of its backbone. Its weights come from a checkpoint, or do not
+            matter.
+
+    Returns:
+        A copy whose backbones start from random weights.
+    """
+    model = model.copy()
+    for node in _nodes(model):
+        for key, none in _STARTING_WEIGHTS.items():
+            if isinstance(node, DictConfig) and key in node:
+                node[key] = none
+    return model
+
+
+def _nodes(config: DictConfig | ListConfig) -> Iterator[DictConfig | ListConfig]:
+    yield config
+    keys: Any = config if isinstance(config, DictConfig) else range(len(config))
+    for key in keys:
+        if OmegaConf.is_config(config[key]):
+            yield from _nodes(config[key])
 
 
 def _read(path: str) -> State:

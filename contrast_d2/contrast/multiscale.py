@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .boundary import BoundaryNegatives
-from .distributed import gather_set, sum_over_processes, world_size
+from .distributed import gather_set, mean_over_processes, world_size
 from .gather import gather_pixels, unit_vectors
 from .info_nce import PRODUCTS, Products, info_nce
 from .inspection import Inspection
@@ -294,10 +294,7 @@ class MultiScaleContrast(ContrastMethod):
             # The head of a map that is contrasted with and has no anchors needs a gradient too.
             loss = loss + connected_zero([target.embeddings])
         if self.across_processes and world_size() > 1:
-            # From the mean over this process's anchors to its share of the global mean; times the
-            # number of processes, by which DistributedDataParallel divides.
-            count = self._num_averaged(term, source, target)
-            loss = loss * count * world_size() / sum_over_processes(count).clamp(min=1)
+            loss = mean_over_processes(loss, self._num_averaged(term, source, target))
         return loss
 
     def _inspect(

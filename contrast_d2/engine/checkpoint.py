@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from typing import Any
@@ -16,10 +17,71 @@ from ..segmentor import is_training_only
 from ..weights import averaged_weights, read_weights
 from .files import damage_of, write_atomically
 
+logger = logging.getLogger(__name__)
+
 _PICKLES = (".pkl", ".pyth")
 
 # Of those that `--resume` may start from.
 _TRAINING_CHECKPOINT = re.compile(r"model_(\d{7}|final)\.pth")
+
+
+def find_resumable(folder: str) -> str:
+    """The checkpoint to resume from: the last one of a folder, or, if that is damaged, the newest
+    one that is whole, with a warning.
+
+    The main process looks, and all processes get its answer: all of them have to ask.
+
+    Args:
+        folder: of the run.
+
+    Returns:
+        Its path, or "" where no training has left a checkpoint.
+
+    Raises:
+        ValueError: there are checkpoints, and all of them are damaged.
+    """
+    found = _newest_whole(folder) if comm.is_main_process() else ("", "")
+    path, problem = comm.all_gather(found)[0]
+    if problem:
+        raise ValueError(problem)
+    return path
+
+
+def training_checkpoints(folder: str) -> list[str]:
+    """The paths of the checkpoints in a folder that a training can be resumed from."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "model_*.pth")))
+    return [path for path in paths if _TRAINING_CHECKPOINT.fullmatch(os.path.basename(path))]
+
+
+def _newest_whole(folder: str) -> tuple[str, str]:
+    """The path to resume from, "" if there is none; and why none will do, "" if one does."""
+    last = os.path.join(folder, "last_checkpoint")
+    candidates = sorted(
+        training_checkpoints(folder), key=lambda p: (os.path.getmtime(p), p), reverse=True
+    )
+    problems = []
+    if os.path.exists(last):
+        named = _read_name(last)
+        if named:
+            path = os.path.join(folder, named)
+            candidates = [path, *(other for other in candidates if other != path)]
+        else:
+            problems.append(f"{last} is empty")
+    elif candidates:
+        problems.append(f"{last} is missing")
+    for path in candidates:
+        damage = damage_of(path)
+        if damage is None:
+            if problems:
+                logger.warning("%s: resuming from %s instead.", "; ".join(problems), path)
+            return path, ""
+        problems.append(f"{path} cannot be used, {damage}")
+    if not problems:
+        return "", ""
+    return "", (
+        f"no checkpoint to resume from: {'; '.join(problems)}. Put back a copy of one, or "
+        "leave out --resume to train anew."
+    )
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -77,59 +139,6 @@ class Checkpointer(DetectionCheckpointer):
             )
         return rest
 
-    def find_resumable(self) -> str:
-        """The checkpoint to resume from: the last one of `save_dir`, or, if that is damaged, the
-        newest one that is whole, with a warning.
-
-        The main process looks, and all processes get its answer: all of them have to ask.
-
-        Returns:
-            Its path, or "" where no training has left a checkpoint.
-
-        Raises:
-            ValueError: there are checkpoints, and all of them are damaged.
-        """
-        found = self._newest_whole() if comm.is_main_process() else ("", "")
-        path, problem = comm.all_gather(found)[0]
-        if problem:
-            raise ValueError(problem)
-        return path
-
-    def _newest_whole(self) -> tuple[str, str]:
-        """The path to resume from, "" if there is none; and why none will do, "" if one does."""
-        last = os.path.join(self.save_dir, "last_checkpoint")
-        candidates = sorted(
-            self.training_checkpoints(), key=lambda p: (os.path.getmtime(p), p), reverse=True
-        )
-        problems = []
-        if os.path.exists(last):
-            named = _read_name(last)
-            if named:
-                path = os.path.join(self.save_dir, named)
-                candidates = [path, *(other for other in candidates if other != path)]
-            else:
-                problems.append(f"{last} is empty")
-        elif candidates:
-            problems.append(f"{last} is missing")
-        for path in candidates:
-            damage = damage_of(path)
-            if damage is None:
-                if problems:
-                    self.logger.warning("%s: resuming from %s instead.", "; ".join(problems), path)
-                return path, ""
-            problems.append(f"{path} cannot be used, {damage}")
-        if not problems:
-            return "", ""
-        return "", (
-            f"no checkpoint to resume from: {'; '.join(problems)}. Put back a copy of one, or "
-            "leave out --resume to train anew."
-        )
-
-    def training_checkpoints(self) -> list[str]:
-        """The paths of the checkpoints in `save_dir` that a training can be resumed from."""
-        paths = sorted(glob.glob(os.path.join(glob.escape(self.save_dir), "model_*.pth")))
-        return [path for path in paths if _TRAINING_CHECKPOINT.fullmatch(os.path.basename(path))]
-
     def resume(self, path: str) -> dict[str, Any]:
         """Takes up weights and state of a training.
 
@@ -169,7 +178,7 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             ValueError: as `find_resumable`, `resume` and `load`.
         """
-        last = self.find_resumable() if resume else ""
+        last = find_resumable(self.save_dir) if resume else ""
         return self.resume(last) if last else self.load(path, checkpointables=[])
 
     def _check_pickle(self, path: str) -> None:

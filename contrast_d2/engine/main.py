@@ -28,9 +28,10 @@ from omegaconf import DictConfig, OmegaConf
 from timm.layers import convert_sync_batchnorm  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 
+from ..backbones import without_starting_weights
 from ..evaluation import InferenceProtocol
 from ..segmentor import inference_state_dict
-from .checkpoint import Checkpointer
+from .checkpoint import Checkpointer, find_resumable, training_checkpoints
 from .checks import check_classes, check_crop, check_training
 from .config import import_modules, load_config
 from .dashboard import Dashboard
@@ -116,9 +117,16 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def build_model(cfg: DictConfig) -> nn.Module:
-    """The config's model, on this process's device."""
-    model = instantiate(cfg.model).to(device())
+def build_model(cfg: DictConfig, *, starting_weights: bool = True) -> nn.Module:
+    """The config's model, on this process's device.
+
+    Args:
+        cfg: whole config.
+        starting_weights: load what its backbone starts a training from; not if a checkpoint will
+            replace it, so that neither network nor file is needed.
+    """
+    config = cfg.model if starting_weights else without_starting_weights(cfg.model)
+    model = instantiate(config).to(device())
     if cfg.train.sync_bn and comm.get_world_size() > 1:
         if device().type == "cpu":
             logger.warning("train.sync_bn needs GPUs: each process has its own batch statistics.")
@@ -145,7 +153,8 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     options = cfg.train
     saved = copy.deepcopy(cfg)  # without the objects that are put into it
     evaluate = build_evaluation(cfg)  # before the training that would be lost without it
-    model = build_model(cfg)
+    last = find_resumable(options.output_dir) if resume else ""
+    model = build_model(cfg, starting_weights=not last)
     logger.info("Model:\n%s", model)
     check_crop(OmegaConf.select(cfg, "dataloader.train.mapper.augmentations.crop_size"), model)
     schedule = instantiate(cfg.lr_multiplier)
@@ -165,17 +174,16 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     checkpointer = Checkpointer(
         model, options.output_dir, allow_pickle=options.allow_pickle, trainer=trainer
     )
-    last = checkpointer.find_resumable() if resume else ""
     if not last:
         checkpointer.load(options.init_checkpoint, checkpointables=[])
-    decay = options.get("ema_decay")  # which no yaml config has
+    decay = options.get("ema_decay")  # which configs that earlier versions saved do not have
     average = None if decay is None else WeightAverage(model, decay)
     evaluated = nullcontext if average is None else average.applied
     is_main = comm.is_main_process()
     if is_main:
         _remove_half_written(options.output_dir)
         if not last:
-            _put_earlier_run_aside(checkpointer)
+            _put_earlier_run_aside(options.output_dir)
         with stop_when_disk_is_full(options.output_dir):
             LazyConfig.save(saved, os.path.join(options.output_dir, "config.yaml"))
             if not last:
@@ -214,7 +222,7 @@ def train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     )
     if last:
         checkpointer.resume(last)
-        periodic.recent_checkpoints = _checkpoints_until(trainer.iter, checkpointer)
+        periodic.recent_checkpoints = _checkpoints_until(trainer.iter, options.output_dir)
     comm.synchronize()
     trainer.train(trainer.iter + 1 if last else 0, options.max_iter)
     if is_main:
@@ -309,7 +317,7 @@ def evaluate_checkpoint(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: there are no weights, or they are of another model.
     """
-    model = build_model(cfg)
+    model = build_model(cfg, starting_weights=False)
     checkpointer = Checkpointer(model, cfg.train.output_dir, allow_pickle=cfg.train.allow_pickle)
     path = cfg.train.init_checkpoint or checkpointer.get_checkpoint_file()
     if not path:
@@ -328,24 +336,24 @@ def _remove_half_written(output_dir: str) -> None:
         os.unlink(path)
 
 
-def _put_earlier_run_aside(checkpointer: Checkpointer) -> None:
+def _put_earlier_run_aside(output_dir: str) -> None:
     """Renames what another run has left in the folder, for a `--resume` not to continue that one.
 
     `model_best.pth` and `model_inference.pth` stay until the new run writes its own.
     """
-    names = [os.path.join(checkpointer.save_dir, n) for n in ("metrics.json", "last_checkpoint")]
-    paths = [*filter(os.path.exists, names), *checkpointer.training_checkpoints()]
+    names = [os.path.join(output_dir, name) for name in ("metrics.json", "last_checkpoint")]
+    paths = [*filter(os.path.exists, names), *training_checkpoints(output_dir)]
     for path in paths:
         os.replace(path, path + ".old")
     if paths:
         logger.warning("of an earlier run, and now ending in .old: %s", ", ".join(paths))
 
 
-def _checkpoints_until(iteration: int, checkpointer: Checkpointer) -> list[str]:
+def _checkpoints_until(iteration: int, output_dir: str) -> list[str]:
     """The run's periodic checkpoints, oldest first: `checkpoints_to_keep` counts them on a resume.
 
     Later ones, which a kill can leave before they are named as the last, will be written again.
     """
     numbered = re.compile(r".*model_(\d{7})\.pth")
-    matches = map(numbered.fullmatch, checkpointer.training_checkpoints())
+    matches = map(numbered.fullmatch, training_checkpoints(output_dir))
     return [match[0] for match in matches if match and int(match[1]) <= iteration]

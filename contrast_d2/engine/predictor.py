@@ -5,7 +5,7 @@ Shape letters: K classes, H W the image.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,10 @@ import torch
 from detectron2.config import instantiate
 from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
+from ..backbones import without_starting_weights
 from ..data import SemSegMapper
 from ..data.classes import distinct_colors
 from ..data.datasets import check_registered
@@ -23,9 +24,6 @@ from ..data.labels import LabelMap
 from ..evaluation import InferenceProtocol
 from .checkpoint import Checkpointer
 from .config import load_config
-
-# What backbones take to start a training from, which the checkpoint replaces.
-_STARTING_WEIGHTS = {"pretrained": False, "weights_file": None}
 
 
 class Predictor:
@@ -95,7 +93,7 @@ def load_predictor(
     place = checked_device(device)
     cfg = load_config(config_file, overrides)
     name, mapper = _test_data(cfg, config_file)
-    _forget_starting_weights(cfg.model)
+    cfg.model = without_starting_weights(cfg.model)
     if "contrast" in cfg.model:
         cfg.model.contrast = None
     protocol: Any = (
@@ -142,18 +140,3 @@ def _test_data(cfg: DictConfig, config_file: str) -> tuple[str, SemSegMapper]:
         test.mapper.cache_dir = None
     mapper: Any = instantiate(test.mapper)
     return name, mapper
-
-
-def _forget_starting_weights(config: DictConfig | ListConfig) -> None:
-    for node in _nodes(config):
-        for key, none in _STARTING_WEIGHTS.items():
-            if isinstance(node, DictConfig) and key in node:
-                node[key] = none
-
-
-def _nodes(config: DictConfig | ListConfig) -> Iterator[DictConfig | ListConfig]:
-    yield config
-    keys: Any = config if isinstance(config, DictConfig) else range(len(config))
-    for key in keys:
-        if OmegaConf.is_config(config[key]):
-            yield from _nodes(config[key])

@@ -23,7 +23,7 @@ from fvcore.common.registry import Registry
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from ..backbones import TimmBackbone
+from ..backbones import TimmBackbone, without_starting_weights
 from ..contrast import ContrastMethod
 from ..losses import SegLoss
 from ..segmentor import ContrastiveSegmentor
@@ -44,8 +44,6 @@ from .signatures import arguments, call_of
 
 # What backbones are built for.
 _IMAGES = ShapeSpec(channels=3)
-# Arguments of backbones, and how they are set where only shapes are asked for.
-_NO_WEIGHTS = {"pretrained": False, "weights_file": None}
 
 
 def model_tree(cfg: ReadKeys, dataset: Mapping[str, Any]) -> DictConfig:
@@ -102,8 +100,8 @@ def build_registered_backbone(name: str, settings: Mapping[str, Any]) -> Backbon
 
 def _shapes_of(backbone: DictConfig) -> dict[str, ShapeSpec]:
     """The maps of a backbone, built without its weights."""
-    spared = {name: value for name, value in _NO_WEIGHTS.items() if name in backbone}
-    return _without_memory(lambda: instantiate({**backbone, **spared}).output_shape())
+    backbone = without_starting_weights(backbone)
+    return _without_memory(lambda: instantiate(backbone).output_shape())
 
 
 def _sem_seg_head(cfg: ReadKeys, name: str, shapes: Mapping[str, ShapeSpec]) -> DictConfig:

@@ -20,6 +20,7 @@ from torch import nn
 
 from contrast_d2.decoders import FCNDecoder
 from contrast_d2.engine import BestCheckpointer, Checkpointer
+from contrast_d2.engine.checkpoint import find_resumable
 from contrast_d2.engine.files import damage_of
 from contrast_d2.losses import CrossEntropyLoss, SegLoss
 from contrast_d2.segmentor import ContrastiveSegmentor
@@ -140,13 +141,13 @@ def test_damage_to_all_checkpoints_is_no_new_start(folder: Path) -> None:
     for name in (NEWEST, "model_0000003.pth", "model_0000001.pth"):
         cut(folder / name, 2000)
     with pytest.raises(ValueError, match="no checkpoint to resume from: .*000001.pth.*--resume"):
-        checkpointer_of(folder).find_resumable()
+        find_resumable(str(folder))
     for path in folder.glob("model_0*"):
         path.unlink()
     with pytest.raises(ValueError, match=f"{NEWEST} cannot be used, there is no such file"):
-        checkpointer_of(folder).find_resumable()
+        find_resumable(str(folder))
     (folder / TAG).unlink()  # no training got as far as a checkpoint
-    assert checkpointer_of(folder).find_resumable() == ""
+    assert find_resumable(str(folder)) == ""
 
 
 def test_a_flipped_bit_is_found_or_does_nothing(folder: Path) -> None:
@@ -182,13 +183,13 @@ def test_what_is_no_state_of_this_training_is_not_resumed_from(folder: Path) -> 
 def found_by_all(folder: str) -> tuple[str, str]:
     """On two machines of which the second has an empty folder: before and after all is damaged."""
     here = folder if comm.is_main_process() else f"{folder}/elsewhere"
-    found = Checkpointer(nn.Linear(40, 40), here).find_resumable()
+    found = find_resumable(here)
     comm.synchronize()
     if comm.is_main_process():
         for path in Path(folder).glob("model_0*"):
             cut(path, 10)
     try:
-        Checkpointer(nn.Linear(40, 40), here).find_resumable()
+        find_resumable(here)
     except ValueError as error:
         return found, str(error)
     return found, ""

@@ -37,6 +37,9 @@ SMALL = [
     "train.log_period=1",
 ]
 
+# A file that the backbone started from, and that is not there any more.
+LOST_WEIGHTS = "model.backbone.weights_file=lost.pth"
+
 
 def run(
     *arguments: str, script: str = "train_net.py", on_gpu: bool = False
@@ -273,6 +276,7 @@ def test_eval_only_repeats_the_last_evaluation(whole_run: Path, weights: str) ->
         *("--config-file", CONFIG, "--eval-only", *SMALL, f"train.output_dir={whole_run}"),
         f"train.init_checkpoint={whole_run / weights}",
         "model.contrast=None",
+        LOST_WEIGHTS,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     scores = json.loads(
@@ -281,6 +285,16 @@ def test_eval_only_repeats_the_last_evaluation(whole_run: Path, weights: str) ->
     assert f"{before['sem_seg/mIoU']:.4f}" in result.stdout + result.stderr
     assert before["sem_seg/mIoU"] in flatten(scores).values()
     assert (whole_run / "config.yaml").read_text() == config  # that of the training
+
+
+def test_a_resumed_run_does_not_need_what_it_started_from(whole_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    train(tmp_path, LOST_WEIGHTS, flags=("--resume",))
+    final = [load(path / "model_final.pth") for path in (whole_run, tmp_path)]
+    assert_identical(*final)
+    result = run("--config-file", CONFIG, *SMALL, f"train.output_dir={tmp_path}", LOST_WEIGHTS)
+    assert result.returncode == 1
+    assert "error: weights_file=lost.pth: there is no such file" in result.stderr
 
 
 @pytest.mark.slow

@@ -216,11 +216,11 @@ def measure_step(
 
 def experiment(path: str) -> Any:
     """The config of an experiment file, with random weights and a contrast past its warm-up."""
+    from contrast_d2.backbones import without_starting_weights
     from contrast_d2.engine import load_config
 
     config = load_config(path)
-    if "pretrained" in config.model.backbone:
-        config.model.backbone.pretrained = False
+    config.model = without_starting_weights(config.model)
     config.dataloader.train.num_workers = 0
     # What is measured is a step with contrast.
     if config.model.contrast is not None and "warmup_iters" in config.model.contrast:
