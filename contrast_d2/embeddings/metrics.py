@@ -82,9 +82,9 @@ def find_neighbours(
         if value < 1:
             raise ValueError(f"{name}={value}: needs 1 or more.")
     image = np.asarray(image)
-    distance = np.abs(image[:, None] - np.unique(image))
-    pixels_of = np.unique(image, return_counts=True)[1]
-    fewest = int(((distance >= apart) * pixels_of).sum(axis=1).min(initial=count))
+    images_I, pixels_I = np.unique(image, return_counts=True)
+    distance_II = np.abs(images_I[:, None] - images_I)
+    fewest = int(((distance_II >= apart) @ pixels_I).min(initial=count))
     if fewest < count:
         raise ValueError(
             f"a pixel has {fewest} others in images that are {apart} or more apart, fewer than "
@@ -145,10 +145,7 @@ def prototype_predictions(
         (A,) int64, -1 where no other image has a pixel.
     """
     embeddings = embeddings.astype(np.float64)
-    (
-        _,
-        number,
-    ) = np.unique(image, return_inverse=True)
+    number = np.unique(image, return_inverse=True)[1]
     sums_IKD = np.zeros((number.max(initial=-1) + 1, num_classes, embeddings.shape[1]))
     np.add.at(sums_IKD, (number, labels), embeddings)
     counts_IK = np.zeros(sums_IKD.shape[:2])
