@@ -14,6 +14,13 @@ from contrast_d2.decoders import UPerNetDecoder
 from contrast_d2.losses import CrossEntropyLoss, SegLoss
 from contrast_d2.segmentor import ContrastiveSegmentor
 
+# Overrides that put a small network under the contrast of an experiment with Semantic FPN.
+SMALL_NETWORK = [
+    "model.backbone.name=test_resnet",
+    "model.sem_seg_head.fpn_channels=8",
+    "model.sem_seg_head.conv_dims=32",
+]
+
 NUM_CLASSES = 5
 CHANNELS = {"res2": 8, "res3": 12}
 STRIDES = {"res2": 4, "res3": 8}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from contrast_d2.contrast import (
     predicted_labels,
 )
 
-from ..helpers import HostWaits
+from ..helpers import HostWaits, gpu_waits
 from . import references
 
 CHANNELS = {"res2": 5, "res3": 6, "res4": 7, "res5": 8}
@@ -647,16 +646,7 @@ def test_a_step_waits_once_for_the_gpu() -> None:
         output = contrast(features, None, labels)
         sum(output.losses.values()).backward()
 
-    step()  # what is set up once may wait
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in caught if "synchronizing CUDA operation" in str(w.message)]) == 1
+    assert gpu_waits(step) == 1
 
 
 def test_bf16_products_round_the_gradients_only() -> None:

@@ -23,7 +23,7 @@ from contrast_d2.contrast import (
 )
 from contrast_d2.contrast.sampling import draw_without_replacement, share_equally
 
-from ..helpers import HostWaits
+from ..helpers import HostWaits, gpu_waits
 from . import references
 
 IGNORED = [255, -1, 7, 1000]  # with K <= 7
@@ -454,13 +454,8 @@ def test_a_draw_of_fixed_size_reads_nothing_from_the_device(balance: str) -> Non
 def test_a_draw_of_fixed_size_does_not_wait_for_the_gpu(balance: str) -> None:
     maps = [random_map(4, size, size, 7).cuda() for size in (64, 16)]
     sampler = BalancedSampler(7, balance=balance, max_anchors=500, floor=8, fixed_size=True)
-    sampler(maps)  # what is set up once may wait
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        draws = sampler(maps, torch.Generator("cuda").manual_seed(0))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    assert gpu_waits(lambda: sampler(maps)) == 0
+    draws = sampler(maps, torch.Generator("cuda").manual_seed(0))
     ordinary = BalancedSampler(7, balance=balance, max_anchors=500, floor=8)
     for padded, draw in zip(
         draws, ordinary(maps, torch.Generator("cuda").manual_seed(0)), strict=True

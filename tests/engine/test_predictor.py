@@ -16,13 +16,10 @@ from contrast_d2.engine import load_config
 from contrast_d2.engine.predictor import load_predictor
 from contrast_d2.evaluation import InferenceProtocol
 
+from ..tiny import SMALL_NETWORK
+
 ROOT = Path(__file__).parents[2]
 CONFIG = str(ROOT / "configs/shapes/semfpn_r18_ms_cs_demo.py")
-OVERRIDES = [
-    "model.backbone.name=test_resnet",
-    "model.sem_seg_head.fpn_channels=8",
-    "model.sem_seg_head.conv_dims=32",
-]
 
 
 def save(tmp_path: Path, overrides: list[str]) -> str:
@@ -37,7 +34,7 @@ def save(tmp_path: Path, overrides: list[str]) -> str:
 def test_predicts_what_the_evaluation_scores(tmp_path: Path) -> None:
     protocol = {"scales": [0.5, 1.25], "flip": True}
     overrides = [
-        *OVERRIDES,
+        *SMALL_NETWORK,
         *(f"dataloader.inference.{key}={value}" for key, value in protocol.items()),
         "dataloader.test.mapper.image_format=BGR",
     ]
@@ -62,7 +59,7 @@ def test_predicts_what_the_evaluation_scores(tmp_path: Path) -> None:
 
 
 def test_sizes_of_the_mapper_are_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    predictor = load_predictor(CONFIG, save(tmp_path, OVERRIDES), OVERRIDES, device="cpu")
+    predictor = load_predictor(CONFIG, save(tmp_path, SMALL_NETWORK), SMALL_NETWORK, device="cpu")
     predictor.mapper.augmentations = T.AugmentationList([T.Resize((64, 96))])
     seen = []
     model = predictor.model
@@ -77,23 +74,27 @@ def test_needs_no_file_of_the_dataset_and_no_download(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
-    weights = save(tmp_path, OVERRIDES)
+    weights = save(tmp_path, SMALL_NETWORK)
     camvid = str(ROOT / "configs/camvid/semfpn_r18_base_6k.py")
-    more = [*OVERRIDES, "model.sem_seg_head.num_classes=9", "dataset.num_classes=9"]
+    more = [*SMALL_NETWORK, "model.sem_seg_head.num_classes=9", "dataset.num_classes=9"]
     with pytest.raises(ValueError, match="camvid_sem_seg_val has 11 classes"):
         load_predictor(camvid, weights, more)
-    more = [*OVERRIDES, "model.backbone.pretrained=True", "model.backbone.weights_file=none.pth"]
+    more = [
+        *SMALL_NETWORK,
+        "model.backbone.pretrained=True",
+        "model.backbone.weights_file=none.pth",
+    ]
     predictor = load_predictor(CONFIG, weights, more, device="cpu")
     assert predictor.class_names == MetadataCatalog.get("shapes_sem_seg_val").stuff_classes
 
 
 def test_a_dataset_without_colours_gets_some(tmp_path: Path) -> None:
-    weights = save(tmp_path, OVERRIDES)
+    weights = save(tmp_path, SMALL_NETWORK)
     names = [f"thing {i}" for i in range(9)]
     MetadataCatalog.get("colourless").set(stuff_classes=names, ignore_label=255)
     DatasetCatalog.register("colourless", list)
     try:
-        overrides = [*OVERRIDES, "dataset.test=colourless"]
+        overrides = [*SMALL_NETWORK, "dataset.test=colourless"]
         predictor = load_predictor(CONFIG, weights, overrides, device="cpu")
     finally:
         DatasetCatalog.remove("colourless")
@@ -108,18 +109,18 @@ def test_a_folder_of_ones_own_gives_the_classes(tmp_path: Path) -> None:
     classes = ", ".join(f'"class {i}"' for i in range(9))
     (folder / "dataset.json").write_text(f'{{"classes": [{classes}]}}')
     (name,) = register_folder(str(folder), "predicted_folder")
-    overrides = [*OVERRIDES, f"dataset.test={name}"]
-    predictor = load_predictor(CONFIG, save(tmp_path, OVERRIDES), overrides, device="cpu")
+    overrides = [*SMALL_NETWORK, f"dataset.test={name}"]
+    predictor = load_predictor(CONFIG, save(tmp_path, SMALL_NETWORK), overrides, device="cpu")
     assert predictor.class_names[8] == "class 8"
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    weights = save(tmp_path, OVERRIDES)
+    weights = save(tmp_path, SMALL_NETWORK)
     for device in ("cuda:77", "toaster"):
         with pytest.raises(ValueError, match=f"device {device} cannot be used .*try cpu"):
-            load_predictor(CONFIG, weights, OVERRIDES, device=device)
+            load_predictor(CONFIG, weights, SMALL_NETWORK, device=device)
     with pytest.raises(ValueError, match="does not fit the model"):
-        load_predictor(CONFIG, weights, [*OVERRIDES, "model.sem_seg_head.conv_dims=64"])
+        load_predictor(CONFIG, weights, [*SMALL_NETWORK, "model.sem_seg_head.conv_dims=64"])
     with pytest.raises(ValueError, match="has no dataloader.test"):
         path = tmp_path / "bare.yaml"
         path.write_text("{model: {}, dataset: {}, train: {}, dataloader: {test: {dataset: x}}}\n")

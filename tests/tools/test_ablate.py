@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,12 +38,6 @@ def short_definition(folder: Path, iterations: int) -> Path:
     path = folder / "quick.yaml"
     path.write_text(text.replace("overrides:\n", f"{SHORT}  - train.max_iter={iterations}\n", 1))
     return path
-
-
-@pytest.fixture
-def main() -> Callable[[list[str]], int]:
-    """The tool's `main`, to be called in this process."""
-    return runpy.run_path(str(TOOL))["main"]
 
 
 @pytest.fixture(autouse=True)

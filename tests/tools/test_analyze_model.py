@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from ..tiny import SMALL_NETWORK
+
 ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools/analyze_model.py"
 BASE, METHOD = (
     str(ROOT / f"configs/shapes/semfpn_r18_{name}_demo.py") for name in ("base", "ms_cs")
 )
-OVERRIDES = [
-    "model.backbone.name=test_resnet",
-    "model.sem_seg_head.fpn_channels=8",
-    "model.sem_seg_head.conv_dims=32",
-]
-
-
-@pytest.fixture
-def main() -> Callable[[list[str]], int]:
-    """The tool's `main`, to be called in this process."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    return runpy.run_path(str(ROOT / "tools/analyze_model.py"))["main"]
 
 
 def test_baseline_and_method_cost_the_same_at_test_time(main, tmp_path: Path, capsys) -> None:
     output = tmp_path / "new" / "models.json"
-    assert main(["--output", str(output), "--config-file", BASE, METHOD, *OVERRIDES]) == 0
+    assert main(["--output", str(output), "--config-file", BASE, METHOD, *SMALL_NETWORK]) == 0
     base, method = json.loads(output.read_text())["models"].values()
     assert base["size"] == method["size"] == [96, 128]
     assert base["inference"] == method["inference"]
@@ -48,7 +36,7 @@ def test_a_difference_is_told_and_fails(main, capsys, monkeypatch: pytest.Monkey
     monkeypatch.setitem(
         main.__globals__, "inference_differences", lambda *args: ["scores differ by up to 1"]
     )
-    assert main(["--size", "32", "64", "--config-file", METHOD, *OVERRIDES]) == 2
+    assert main(["--size", "32", "64", "--config-file", METHOD, *SMALL_NETWORK]) == 2
     text = capsys.readouterr().out
     assert "with contrast, inference is another: scores differ by up to 1" in text
     assert "an image of 32x64" in text

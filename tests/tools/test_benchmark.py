@@ -6,7 +6,6 @@ import copy
 import gc
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
@@ -27,7 +26,6 @@ TOOL = ROOT / "tools/benchmark.py"
 CPU = torch.device("cpu")
 
 pytest.importorskip("pytorch_metric_learning", reason="the benchmark's peer: install .[bench]")
-sys.path.insert(0, str(TOOL.parent))
 
 # ruff: noqa: E402
 from bench import cases, contrast, growth, machine, peers, scenes, tables, worker
@@ -38,12 +36,6 @@ from bench.workloads import FIXED_SIZE, OURS, SUPCON, TEXTBOOK, InfoNCE, Step
 
 TINY = cases.TINY_CASES["tiny"].workload
 PEAKS = machine.Peaks(fp32=97e9, bf16=200e9, write=19.2e9, copy=10e9)
-
-
-@pytest.fixture
-def main() -> Callable[[list[str]], int]:
-    """The tool's `main`, to be called in this process."""
-    return runpy.run_path(str(TOOL))["main"]
 
 
 def unit_rows(number: int, width: int = 8) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -14,13 +13,6 @@ TOOL = ROOT / "tools/benchmark.py"
 DEMO = [str(ROOT / f"configs/shapes/semfpn_r18_{name}_demo.py") for name in ("base", "ms_cs")]
 
 pytest.importorskip("pytorch_metric_learning", reason="the benchmark's peer: install .[bench]")
-
-
-@pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch):
-    """The tool's `main`, to be called in this process."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    return runpy.run_path(str(TOOL))["main"]
 
 
 def test_steps_and_pictures_are_timed(main, tmp_path: Path, monkeypatch) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +14,9 @@ ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/benchmark.py"
 
 pytest.importorskip("pytorch_metric_learning", reason="the tool's other commands: install .[bench]")
-sys.path.insert(0, str(TOOL.parent))
 
 # ruff: noqa: E402
 from bench import data, tables
-
-
-@pytest.fixture
-def main() -> Callable[[list[str]], int]:
-    """The tool's `main`, to be called in this process."""
-    return runpy.run_path(str(TOOL))["main"]
 
 
 def test_all_mappers_give_the_same_samples(camvid, tmp_path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/benchmark.py"
 
 pytest.importorskip("pytorch_metric_learning", reason="the tool's other commands: install .[bench]")
-sys.path.insert(0, str(TOOL.parent))
 
 # ruff: noqa: E402
 from bench import evaluation, tables
@@ -43,8 +40,7 @@ def test_the_layouts_hold_the_same_scores(small, tmp_path) -> None:
     torch.testing.assert_close(by_class, by_pixel)
 
 
-def test_the_tool_measures_and_writes(small, tmp_path, capsys) -> None:
-    main = runpy.run_path(str(TOOL))["main"]
+def test_the_tool_measures_and_writes(main, small, tmp_path, capsys) -> None:
     output = tmp_path / "out/performance_evaluation.json"
     assert main(["evaluation", "--images", "2", "--repeats", "2", "--output", str(output)]) == 0
     found = json.loads(output.read_text())
@@ -70,6 +66,6 @@ def test_evaluators_that_disagree_are_not_compared(small, monkeypatch) -> None:
     assert evaluation._DATASET not in DatasetCatalog
 
 
-def test_a_mistake_gives_one_clear_line(capsys) -> None:
-    assert runpy.run_path(str(TOOL))["main"](["evaluation", "--images", "0"]) == 1
+def test_a_mistake_gives_one_clear_line(main, capsys) -> None:
+    assert main(["evaluation", "--images", "0"]) == 1
     assert capsys.readouterr().err == "error: --images 0: needs at least 1\n"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +20,9 @@ DEMO = [ROOT / f"configs/shapes/semfpn_r18_{name}_demo.py" for name in ("base", 
 BASE, METHOD = (path.stem for path in DEMO)
 
 pytest.importorskip("pytorch_metric_learning", reason="the benchmark's peer: install .[bench]")
-sys.path.insert(0, str(TOOL.parent))
 
 # ruff: noqa: E402
 from bench import methods, models, scenes, tables, worker
-
-
-@pytest.fixture
-def main() -> Callable[[list[str]], int]:
-    """The tool's `main`, to be called in this process."""
-    return runpy.run_path(str(TOOL))["main"]
 
 
 def tiny_step(**changes: Any) -> methods.MethodStep:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
-MAIN = runpy.run_path(str(ROOT / "tools/check_dataset.py"))["main"]
+TOOL = ROOT / "tools/check_dataset.py"
 GUIDE = (ROOT / "docs/custom_data.md").read_text()
 
 
@@ -78,21 +77,21 @@ def test_the_guide_as_written(tmp_path) -> None:
     assert (tmp_path / "output/trial/inference/my_data_sem_seg_val").is_dir()
 
 
-def test_errors_are_one_line(tmp_path, monkeypatch, capsys) -> None:
+def test_errors_are_one_line(main, tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     for arguments, words in (
         (["camvit"], "error: Dataset 'camvit' is not registered"),
         (["shapes", "--workers", "0"], "error: workers must be at least 1"),
         (["shapes", "--html", str(tmp_path / "none/x.html")], "error: --html"),
     ):
-        assert MAIN(arguments) == 1
+        assert main(arguments) == 1
         out, err = capsys.readouterr()
         assert out == "" and err.startswith(words) and len(err.splitlines()) == 1
 
 
-def test_the_built_in_scenes_are_fine(tmp_path, capsys) -> None:
+def test_the_built_in_scenes_are_fine(main, tmp_path, capsys) -> None:
     report = tmp_path / "report.html"
-    assert MAIN(["shapes_sem_seg_val", "--workers", "1", "--html", str(report)]) == 0
+    assert main(["shapes_sem_seg_val", "--workers", "1", "--html", str(report)]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "shapes_sem_seg_val: 64 images, 128x96",
         "0 errors, 0 warnings, 0 notes",

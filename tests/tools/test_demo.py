@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
 import shutil
-import sys
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,28 +18,19 @@ from contrast_d2.data.shapes import CLASS_COLORS
 from contrast_d2.engine import load_config
 from contrast_d2.media import Video, VideoWriter
 
+from ..tiny import SMALL_NETWORK
+
 ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools/demo.py"
 GUIDE = (ROOT / "docs/demo.md").read_text()
 CONFIG = str(ROOT / "configs/shapes/semfpn_r18_ms_cs_demo.py")
-OVERRIDES = [
-    "model.backbone.name=test_resnet",
-    "model.sem_seg_head.fpn_channels=8",
-    "model.sem_seg_head.conv_dims=32",
-]
 HEIGHT, WIDTH = 64, 96
-
-
-@pytest.fixture
-def main() -> Callable[[list[str]], int]:
-    """The tool's `main`, to be called in this process."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    return runpy.run_path(str(ROOT / "tools/demo.py"))["main"]
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Checkpoints of two runs; "first" says class 2 everywhere, "second" class 5."""
-    model = instantiate(load_config(CONFIG, OVERRIDES).model)
+    model = instantiate(load_config(CONFIG, SMALL_NETWORK).model)
     paths = {}
     for name, k in (("first", 2), ("second", 5)):
         with torch.no_grad():
@@ -88,7 +76,7 @@ def video(tmp_path: Path) -> Path:
 
 def command(weights: str, output: Path, *more: object) -> list[str]:
     fixed = ["--config-file", CONFIG, "--weights", weights, "--output", str(output)]
-    return [*fixed, *map(str, more), "--device", "cpu", "--set", *OVERRIDES]
+    return [*fixed, *map(str, more), "--device", "cpu", "--set", *SMALL_NETWORK]
 
 
 def test_images_give_overlay_ids_and_colours(main, weights, frames, tmp_path, capsys) -> None:
@@ -271,7 +259,7 @@ def test_the_guide_runs(
             options.compare: weights["second"],
         }
         arguments = [replaced.get(argument, argument) for argument in arguments]
-        assert main([*arguments, "--set", *OVERRIDES]) == 0
+        assert main([*arguments, "--set", *SMALL_NETWORK]) == 0
         assert (tmp_path / f"output/pictures/{given.stem}_comparison.png").is_file()
     (snippet,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     (tmp_path / "street.jpg").write_bytes((frames / "b.jpg").read_bytes())
@@ -279,7 +267,7 @@ def test_the_guide_runs(
     names = {"config_file": CONFIG, "weights": weights["first"]}
     monkeypatch.setattr(
         "contrast_d2.engine.predictor.load_predictor",
-        lambda config_file, path: load(config_file, path, OVERRIDES, device="cpu"),
+        lambda config_file, path: load(config_file, path, SMALL_NETWORK, device="cpu"),
     )
     exec(compile(snippet, "docs/demo.md", "exec"), names)
     assert names["names"] == [names["predictor"].class_names[2]]

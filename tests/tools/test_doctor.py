@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -12,17 +11,14 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import install_detectron2
 import pytest
+from health import data, machine, software
+from health.finding import ERROR, NOTE, OK, Answer, Finding, probe, satisfies
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/doctor.py"
-sys.path.insert(0, str(ROOT / "tools"))
-
-# ruff: noqa: E402
-import install_detectron2
-from health import data, machine, software
-from health.finding import ERROR, NOTE, OK, Answer, Finding, probe, satisfies
 
 # What the probe uses of torch; each part can be broken.
 FAKE_TORCH = """
@@ -345,9 +341,8 @@ def test_the_package_is_missing_or_broken() -> None:
 
 
 def test_the_report_and_the_exit_status(
-    install, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    main, install, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    main = runpy.run_path(str(TOOL))["main"]
     asked = []
     findings = [Finding("disk", OK, "Room."), Finding("gpu", NOTE, "None.", "buy one")]
 

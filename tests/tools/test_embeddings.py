@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import runpy
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,22 +15,12 @@ from contrast_d2.embeddings import study
 from contrast_d2.engine import load_config
 from contrast_d2.segmentor import inference_state_dict
 
+from ..tiny import SMALL_NETWORK
+
 ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools/embeddings.py"
 CONFIG = str(ROOT / "configs/shapes/semfpn_r18_ms_cs_demo.py")
-# A small network under the experiment's contrast.
-OVERRIDES = [
-    "model.backbone.name=test_resnet",
-    "model.sem_seg_head.fpn_channels=8",
-    "model.sem_seg_head.conv_dims=32",
-    "dataloader.test.num_workers=0",
-]
-
-
-@pytest.fixture
-def main() -> Callable[[list[str]], int]:
-    """The tool's `main`, to be called in this process."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    return runpy.run_path(str(ROOT / "tools/embeddings.py"))["main"]
+OVERRIDES = [*SMALL_NETWORK, "dataloader.test.num_workers=0"]
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,28 +12,18 @@ from torch import nn
 from contrast_d2 import export
 from contrast_d2.engine import load_config
 
+from ..tiny import SMALL_NETWORK
+
 ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools/export_model.py"
 CONFIG = str(ROOT / "configs/shapes/semfpn_r18_ms_cs_demo.py")
-# A small network under the experiment's contrast.
-OVERRIDES = [
-    "model.backbone.name=test_resnet",
-    "model.sem_seg_head.fpn_channels=8",
-    "model.sem_seg_head.conv_dims=32",
-]
-
-
-@pytest.fixture
-def main() -> Callable[[list[str]], int]:
-    """The tool's `main`, to be called in this process."""
-    sys.path.insert(0, str(ROOT / "tools"))
-    return runpy.run_path(str(ROOT / "tools/export_model.py"))["main"]
 
 
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
     """A model with its contrast method, whose weights are not those that a config starts with."""
     torch.manual_seed(1)
-    return instantiate(load_config(CONFIG, OVERRIDES).model).eval()
+    return instantiate(load_config(CONFIG, SMALL_NETWORK).model).eval()
 
 
 @pytest.fixture
@@ -48,7 +35,7 @@ def weights(trained: nn.Module, tmp_path: Path) -> str:
 
 def arguments(weights: str, output: Path, *more: str) -> list[str]:
     command = ["--config-file", CONFIG, "--weights", weights, "--output", str(output)]
-    return [*command, *more, *OVERRIDES]
+    return [*command, *more, *SMALL_NETWORK]
 
 
 @pytest.mark.parametrize("kind", ["torch_export", "onnx"])

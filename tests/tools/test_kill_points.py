@@ -18,7 +18,6 @@ TOOL = ROOT / "tools/kill_points.py"
 
 if not hasattr(os, "fork"):
     pytest.skip("forks its trainings", allow_module_level=True)
-sys.path.insert(0, str(TOOL.parent))
 
 # ruff: noqa: E402
 import kill_points

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -53,8 +52,7 @@ def test_camvid_scores_are_those_of_a_plain_count(camvid, tmp_path):
     assert done.stdout.splitlines()[-1] == f"mIoU {report['sem_seg']['mIoU']:.2f} on {val}"
 
 
-def test_an_unknown_dataset_is_one_line_with_the_nearest_name(capsys):
-    main = runpy.run_path(str(TOOL))["main"]
+def test_an_unknown_dataset_is_one_line_with_the_nearest_name(main, capsys):
     assert main(["--train", "shapes_sem_seg_trian", "--eval", "shapes_sem_seg_val"]) == 1
     out, err = capsys.readouterr()
     assert out == ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 from tests.data import published
 
 TOOL = Path(__file__).parents[2] / "tools/prepare_dataset.py"
-MAIN = runpy.run_path(str(TOOL))["main"]
 LABELS = "ADEChallengeData2016/annotations_detectron2"
 
 
@@ -54,20 +52,20 @@ def test_killed_and_run_again(tmp_path) -> None:
     assert all(line.startswith("warning: ade20k") for line in again.stderr.splitlines())
 
 
-def test_an_incomplete_download_is_one_line(tmp_path, monkeypatch, capsys) -> None:
+def test_an_incomplete_download_is_one_line(main, tmp_path, monkeypatch, capsys) -> None:
     published.ade20k(tmp_path, 1)
     monkeypatch.setenv("DETECTRON2_DATASETS", "elsewhere")  # --root comes first
-    assert MAIN(["ade20k", "--root", str(tmp_path)]) == 1
+    assert main(["ade20k", "--root", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert out == ""
     (line,) = err.splitlines()
     assert line.startswith("error: ade20k_sem_seg_train has 1 label files and should have 20,210")
 
 
-def test_what_is_used_as_published_is_counted(tmp_path, monkeypatch, capsys) -> None:
+def test_what_is_used_as_published_is_counted(main, tmp_path, monkeypatch, capsys) -> None:
     published.cadis(tmp_path)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    assert MAIN(["cadis", "--partial"]) == 0
+    assert main(["cadis", "--partial"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "cadis_task1_sem_seg_train: 19 images",
         "cadis_task1_sem_seg_val: 3 images",
@@ -75,8 +73,8 @@ def test_what_is_used_as_published_is_counted(tmp_path, monkeypatch, capsys) -> 
     ]
 
 
-def test_an_unknown_name_lists_those_that_exist(capsys) -> None:
+def test_an_unknown_name_lists_those_that_exist(main, capsys) -> None:
     with pytest.raises(SystemExit) as stopped:
-        MAIN(["cityscape"])
+        main(["cityscape"])
     assert stopped.value.code == 2
     assert "pascal_context" in capsys.readouterr().err

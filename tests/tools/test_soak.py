@@ -8,13 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-
-# ruff: noqa: E402
 from bench.processes import Usage, growth, usage
 from bench.soak import Periods, Watched, judged
+
+ROOT = Path(__file__).parents[2]
 
 PERIODS = Periods(total=1000, between=250, warmup=200)
 
