@@ -60,7 +60,7 @@ bench: $(READY)
 	$(BIN)/python tools/benchmark.py growth --output results/performance_growth.json
 	$(BIN)/python tools/benchmark.py projection --output results/performance_projection.json
 	$(BIN)/python tools/benchmark.py data --output results/performance_data.json
-	$(BIN)/python tools/benchmark.py contrast --check --output results/performance_cpu.json; \
+	$(BIN)/python tools/benchmark.py contrast --check --large --output results/performance_cpu.json; \
 	status=$$?; $(BIN)/python tools/benchmark.py tables && exit $$status
 
 lint: $(READY)

@@ -20,6 +20,7 @@ import torch
 from omegaconf import DictConfig
 
 from contrast_d2.__main__ import programs
+from contrast_d2.ablation import read_definition
 from contrast_d2.engine import argument_parser, load_config
 
 from .documents import PAGES, ROOT, Block, Command, blocks_of, commands_in_text, commands_of
@@ -84,7 +85,7 @@ def is_listing(block: Block) -> bool:
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_every_block_is_run_or_checked_or_listed(block: Block) -> None:
     checked = (
-        block.language in ("python", "json")
+        block.language in ("python", "json", "yaml")
         or block.language.startswith("{")  # of Sphinx, which `make docs` builds
         or is_listing(block)
     )
@@ -144,6 +145,15 @@ def test_python(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     if "before" in names:  # a training loop, whose network is the one that is kept
         pairs = zip(names["model"].parameters(), names["before"], strict=True)
         assert all((after != before).any() for after, before in pairs)
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "yaml"], ids=str)
+def test_yaml(block: Block, tmp_path: Path) -> None:
+    """The definition of an ablation, whose variants have the keys that it overrides."""
+    (tmp_path / "page.yaml").write_text(block.text)
+    ablation = read_definition(tmp_path / "page.yaml")
+    for variant in ablation.variants:
+        load_config(str(ROOT / variant.config), variant.overrides)
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "json"], ids=str)

@@ -17,6 +17,9 @@ from pathlib import Path
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
 # ruff: noqa: E402
+import torch
+from bench.machine import note
+
 import contrast_d2.data  # noqa: F401  (registers the datasets)
 from contrast_d2.evaluation import evaluate_position_prior
 from contrast_d2.evaluation.metrics import finite_scores
@@ -43,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if options.output:
         report = {
+            **note(torch.device("cpu")),
             "command": f"python tools/position_prior.py --train {options.train} "
             f"--eval {options.eval} --output {options.output}",
             "predictor": "most frequent training class at each pixel position",

@@ -34,10 +34,11 @@ Written by `python tools/model_zoo.py` from [`results/`](results/README.md) and
   far from converged and speak of early training. Those on a GPU are the ones to rely on, where
   they are measured.
 - Times are not here, since these runs shared their machines: [docs/methods.md](docs/methods.md) and
-  [docs/performance.md](docs/performance.md) have those of machines that did nothing else.
+  [docs/performance.md](docs/performance.md) have times taken for that purpose, with the conditions
+  of each.
 - There are no weights to download. A row is trained by `python train_net.py --config-file FILE
   OVERRIDES train.seed=SEED`, a whole table by the command under its heading, which continues where
-  it was stopped.
+  it was stopped; with `--results output/results` it leaves the numbers here as they are.
 
 Experiment files of the papers' own networks and schedules, with the published numbers:
 [docs/reproducing.md](docs/reproducing.md).

@@ -47,13 +47,19 @@ def fill(text: str, results: Path) -> str:
     return _SECTION.sub(table, text)
 
 
+def _shortened(commit: str | None) -> str:
+    """A commit's first digits, and whether the tree had changes that were not committed."""
+    digits, dash, dirty = (commit or "unknown").partition("-")
+    return digits[:12] + dash + dirty
+
+
 def _machine(found: Mapping[str, Any]) -> str:
     machine, versions = found["machine"], found["versions"]
     device = "" if machine["device"] == "cpu" else f"{machine['device']}, "
     lines = [
         f"{device}{machine['processor']}, {machine['cores']} cores, threads: {machine['threads']}, "
         f"torch {versions['torch']}, Python {versions['python']}, {found['date']}, commit "
-        f"{(found['commit'] or 'unknown')[:12]}."
+        f"{_shortened(found['commit'])}."
     ]
     if "peaks" in found:
         peaks = found["peaks"]
