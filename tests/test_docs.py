@@ -186,9 +186,7 @@ def check_tool(name: str, words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
     path = programs()[name]
     monkeypatch.syspath_prepend(str(path.parent))
     monkeypatch.setattr(sys, "argv", [str(path), *words])
-    names = runpy.run_path(str(path))  # not as __main__, where some start themselves anew
-    # tools/kill_points.py takes its name `main` from the engine.
-    main = names["run" if name == "kill_points" else "main"]
+    main = runpy.run_path(str(path))["main"]  # not as __main__, where some start themselves anew
     stop_after_parsing(monkeypatch)
     with pytest.raises(Parsed):
         main()

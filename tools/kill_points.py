@@ -38,7 +38,8 @@ import torch  # noqa: E402
 from bench.machine import note  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
-from contrast_d2.engine import Trainer, argument_parser, files, launch, main  # noqa: E402
+from contrast_d2.engine import Trainer, argument_parser, files, launch  # noqa: E402
+from contrast_d2.engine import main as run_job  # noqa: E402
 
 _ITERATIONS = 40
 # The job with all its parts, on a network of 0.4 M weights: a start takes seconds.
@@ -178,7 +179,7 @@ def train(args: argparse.Namespace, death: Death | None, clock: str) -> None:
         Trainer.run_step = step
         if death.kind == "write":
             files.open = dying_open
-    main(args)
+    run_job(args)
 
 
 def attempt(
@@ -318,13 +319,21 @@ def disturb(case: Case, points: int, rng: random.Random, folder: Path) -> dict[s
     return result
 
 
-def run() -> None:
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: what follows the command's name; None takes them from `sys.argv`.
+
+    Returns:
+        The exit status: 1 where a run does not resume, or ends with something else.
+    """
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--points", type=int, default=20, help="kills per case")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--output", type=Path, help="JSON file for the results")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.points < 1:
         parser.error(f"--points {options.points}: needs at least 1")
     torch.set_num_threads(1)
@@ -351,7 +360,7 @@ def run() -> None:
         known = json.loads(options.output.read_text()) if options.output.exists() else {}
         known |= {name: {**head, **result} for name, result in results.items()}
         options.output.write_text(json.dumps(known, indent=2) + "\n")
-    sys.exit(any(result["differences"] or result["failures"] for result in results.values()))
+    return int(any(result["differences"] or result["failures"] for result in results.values()))
 
 
 def _last_lines(folder: Path) -> str:
@@ -363,4 +372,4 @@ def _last_lines(folder: Path) -> str:
 
 
 if __name__ == "__main__":
-    run()
+    sys.exit(main())
