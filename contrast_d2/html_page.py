@@ -30,7 +30,7 @@ body { font: 15px/1.45 sans-serif; color: var(--text); background: var(--back); 
 h1 { line-height: 1.2 } img { max-width: 100% } code { background: var(--panel) }
 table { border-collapse: collapse; overflow-wrap: normal } td, th { padding: .15em .8em;
   text-align: right } th:first-child, td:first-child { text-align: left }
-.wide { overflow-x: auto } .muted, figcaption { color: var(--muted) }
+.wide { overflow-x: auto } .figure { min-width: 42em } .muted, figcaption { color: var(--muted) }
 figure { display: inline-block; margin: .5em 1em .5em 0; max-width: 100% }
 """
 
@@ -68,6 +68,16 @@ def _document(title: str, body: Iterable[str], style: str, script: str) -> Itera
 def wide(content: str) -> str:
     """Lets a table scroll on its own where it is wider than the screen."""
     return f'<div class="wide">{content}</div>'
+
+
+def wide_picture(address: str, text: str) -> str:
+    """A figure with small print, which scrolls on its own on a screen that would make it too small.
+
+    Args:
+        address: for `src`.
+        text: what is seen on it, for those who do not.
+    """
+    return wide(f'<div class="figure"><img src="{address}" alt="{escape(text)}"></div>')
 
 
 def jpeg_address(image: Image.Image, quality: int = 85) -> str:

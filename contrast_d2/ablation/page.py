@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..html_page import escape, html_page, png_address, wide
+from ..html_page import escape, html_page, png_address, wide, wide_picture
 from ..visualize import plot_class_iou
 from .results import plot_variants, reading_notes, table_rows
 
@@ -53,7 +53,7 @@ def _table(rows: list[list[str]], kind: str) -> str:
 def _picture(figure: Any, text: str) -> str:
     content = io.BytesIO()
     figure.savefig(content, format="png")
-    return f'<p><img src="{png_address(content.getvalue())}" alt="{escape(text)}"></p>'
+    return wide_picture(png_address(content.getvalue()), text)
 
 
 def _class_means(result: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -75,7 +75,7 @@ def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
         f"difference to {baseline}": [difference_cell(row) for row in summary.values()],
         "ms per step": [number_cell(row, "seconds_per_step", 1000) for row in summary.values()],
         "peak memory, MiB": [number_cell(row, "peak_memory_mib") for row in summary.values()],
-        "parameters trained, M": [_millions(row) for row in summary.values()],
+        "parameters, M (of the contrast)": [_millions(row) for row in summary.values()],
         "extra time per point": [_extra_time(row) for row in summary.values()],
         "published": [published.get(name, "") for name in summary],
     }
@@ -147,7 +147,7 @@ def _millions(row: Mapping[str, Any]) -> str:
     if "parameters" not in row:
         return ""
     contrast = row["contrast_parameters"]
-    own = f", {contrast / 1e6:.2f} of them for contrast" if contrast else ""
+    own = f" ({contrast / 1e6:.2f})" if contrast else ""
     return f"{row['parameters'] / 1e6:.2f}{own}"
 
 

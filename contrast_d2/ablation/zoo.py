@@ -111,10 +111,11 @@ def _provenance(name: str, result: Mapping[str, Any]) -> str:
     runs = [run for group in result["runs"].values() for run in group]
     iterations = ", ".join(f"{count:,}" for count in sorted({run["iterations"] for run in runs}))
     devices = ", ".join(sorted({run["device"] for run in runs}))
-    commits = ", ".join(sorted({str(run["commit"])[:7] for run in runs}))
+    commits = sorted({str(run["commit"])[:7] for run in runs})
+    of_commits = f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}"
     return (
         f"Measured on {result['dataset']}: {iterations} iterations, {devices}, "
-        f"commits {commits}; every run with its command in [`{name}.json`](results/{name}.json)."
+        f"{of_commits}; every run with its command in [`{name}.json`](results/{name}.json)."
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..html_page import escape, html_page, jpeg_address, json_block, png_address, wide
+from ..html_page import escape, html_page, jpeg_address, json_block, png_address, wide, wide_picture
 from .pixels import PixelSet
 from .planes import PLANE_TITLES
 from .study import ModelStudy
@@ -33,7 +33,6 @@ button[data-class][aria-pressed=false] { opacity: .45 } button[data-plane][aria-
   background: var(--back); border-top: 1px solid var(--line); padding: .5em 0; min-height: 3em }
 #details canvas { flex: none; width: 96px; height: 96px } #details canvas[hidden] { display: none }
 .chosen .hint { display: none } #sprite { display: none }
-.matrix { min-width: 42em }
 .suspects { display: grid; gap: .8em; grid-template-columns: repeat(auto-fill, minmax(17em, 1fr)) }
 .suspects div { display: flex; gap: .7em } .suspects p { margin: 0 }
 .suspects canvas { flex: none; width: 96px; height: 96px }
@@ -94,8 +93,7 @@ def write_page(
         yield wide(_score_table(studies))
         yield from _plot(pixels.labels[shown], studies, class_names, colors)
         yield "<h2>Similarity of classes</h2><p>Mean cosine similarity of two pixels.</p>"
-        picture = f'<img src="{png_address(similarity_png)}" alt="Similarity of classes">'
-        yield wide(f'<div class="matrix">{picture}</div>')
+        yield wide_picture(png_address(similarity_png), "Similarity of classes")
         yield from _suspects(suspects, number_of, pixels, class_names)
         yield f'<img id="sprite" src="{jpeg_address(sprite, quality=80)}" alt="">'
         yield json_block("points", points)
