@@ -370,7 +370,7 @@ def test_a_mistake_leaves_an_earlier_run_as_it_was(run: Run, tmp_path: Path) -> 
 def test_an_error_of_ours_keeps_its_traceback(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
     monkeypatch.setattr(sys.modules["contrast_d2.engine.main"], "build_model", fail)

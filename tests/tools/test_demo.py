@@ -7,11 +7,13 @@ import shlex
 import shutil
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from detectron2.config import instantiate
+from omegaconf import OmegaConf
 from PIL import Image
 
 from contrast_d2.data.shapes import CLASS_COLORS
@@ -264,10 +266,13 @@ def test_the_guide_runs(
     (snippet,) = re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL)
     (tmp_path / "street.jpg").write_bytes((frames / "b.jpg").read_bytes())
     load = main.__globals__["load_predictor"]
-    names = {"config_file": CONFIG, "weights": weights["first"]}
-    monkeypatch.setattr(
-        "contrast_d2.engine.predictor.load_predictor",
-        lambda config_file, path: load(config_file, path, SMALL_NETWORK, device="cpu"),
-    )
+    names: dict[str, Any] = {}
+
+    def load_small(config_file: str, path: str) -> Any:
+        run = OmegaConf.select(load_config(str(ROOT / config_file)), "train.output_dir")
+        assert path == f"{run}/model_final.pth"
+        return load(CONFIG, weights["first"], SMALL_NETWORK, device="cpu")
+
+    monkeypatch.setattr("contrast_d2.engine.predictor.load_predictor", load_small)
     exec(compile(snippet, "docs/demo.md", "exec"), names)
     assert names["names"] == [names["predictor"].class_names[2]]
