@@ -25,10 +25,10 @@ _STYLE = """
     --mark: #56B4E9 }
 }
 html { color-scheme: light dark; -webkit-text-size-adjust: 100% }
-body { font: 15px/1.45 sans-serif; color: var(--text); background: var(--back); max-width: 62em;
+body { font: 15px/1.45 sans-serif; color: var(--text); background: var(--back); max-width: 66em;
   margin: 2em auto; padding: 0 1em; overflow-wrap: anywhere }
 h1 { line-height: 1.2 } img { max-width: 100% } code { background: var(--panel) }
-table { border-collapse: collapse; overflow-wrap: normal } td, th { padding: .15em .8em;
+table { border-collapse: collapse; overflow-wrap: normal } td, th { padding: .15em .6em;
   text-align: right } th:first-child, td:first-child { text-align: left }
 .wide { overflow-x: auto } .figure { min-width: 42em } .muted, figcaption { color: var(--muted) }
 figure { display: inline-block; margin: .5em 1em .5em 0; max-width: 100% }

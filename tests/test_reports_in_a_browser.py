@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from contrast_d2.ablation import write_page
 from contrast_d2.data.check import check_dataset, write_html
 from contrast_d2.html_page import html_page
 
 from .ablation.made import made_page as made_ablation
 from .browser import LAPTOP, PHONE, browser, opened, overflow  # noqa: F401  (a fixture)
 from .embeddings.made import COLORS, made_page
+
+ROOT = Path(__file__).parents[1]
 
 
 def write_check(path: Path) -> None:
@@ -66,6 +69,16 @@ def test_a_report_opens_from_disk(browser, report: Path, size, dark: bool) -> No
         body = seen.page.evaluate("parseFloat(getComputedStyle(document.body).fontSize)")
         assert body >= 14
     assert seen.messages == [] and seen.requests == []
+
+
+@pytest.mark.parametrize("name", ["camvid_table1a_cpu", "camvid_table7a_cpu"])
+def test_a_table_of_variants_fits_on_a_laptop(browser, tmp_path: Path, name: str) -> None:  # noqa: F811
+    result = json.loads((ROOT / f"results/{name}.json").read_text())
+    write_page(tmp_path / "report.html", result)
+    with opened(browser, tmp_path / "report.html") as seen:
+        widths = "(table) => [table.scrollWidth, table.parentElement.clientWidth]"
+        table, room = seen.page.locator("table.results").evaluate(widths)
+    assert 600 < table <= room
 
 
 def test_what_is_loaded_from_elsewhere_is_refused(browser, tmp_path: Path) -> None:  # noqa: F811

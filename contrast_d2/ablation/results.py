@@ -70,7 +70,7 @@ def table_rows(result: Mapping[str, Any]) -> list[list[str]]:
     baseline = next(iter(summary))
     columns = {
         "variant": list(summary),
-        f"mIoU on {result['dataset']}": [mean_cell(row) for row in summary.values()],
+        "mIoU": [mean_cell(row) for row in summary.values()],
         "seeds": [str(len(row["mIoU"])) for row in summary.values()],
         f"difference to {baseline}": [difference_cell(row) for row in summary.values()],
         "ms per step": [number_cell(row, "seconds_per_step", 1000) for row in summary.values()],
@@ -98,8 +98,9 @@ def reading_notes(result: Mapping[str, Any]) -> list[str]:
     runs = [run for group in result["runs"].values() for run in group]
     seeds = sorted(len(row["mIoU"]) for row in result["summary"].values())
     notes = [
-        "mIoU: mean and standard deviation over seeds, in percent. Differences are of runs with "
-        "equal seeds; in brackets what holds 95% of their mean's percentile bootstrap."
+        f"mIoU on {result['dataset']}: mean and standard deviation over seeds, in percent. "
+        "Differences are of runs with equal seeds; in brackets what holds 95% of their mean's "
+        "percentile bootstrap."
     ]
     if seeds[0] < 5:
         notes.append(

@@ -90,6 +90,7 @@ def test_the_table(result: dict) -> None:
     row = "| ms_cs | 44.17 ± 1.26 | 3 | +3.17 [+1.00, +4.50] | 150 | 2,001 "
     assert row + "| 12.50 (1.50) | +15.8% |  |" in table
     assert "| base | 41.00 ± 1.00 | 3 |  | 100 | 2,001 | 11.00 |  | 70.1 |" in table
+    assert "mIoU on d_val: mean and standard deviation" in table
     assert "3 seeds are few: with two or three the interval is the range" in table
     assert "commits c0, c1, c2." in table
     assert "Published: Table 9: another network." in table
@@ -101,7 +102,7 @@ def test_columns_of_which_nothing_is_known_are_left_out(tmp_path: Path) -> None:
     ablation = ablation._replace(variants=(Variant("base", "b.py", (), ""),))
     found = collect_results(ablation, folders, PARAMETERS)
     heads, row = table_rows(found)
-    assert heads == ["variant", "mIoU on d_val", "seeds", "parameters, M (of the contrast)"]
+    assert heads == ["variant", "mIoU", "seeds", "parameters, M (of the contrast)"]
     assert row == ["base", "40.00", "1", "11.00"]
 
 
