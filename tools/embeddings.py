@@ -171,7 +171,8 @@ def _run(options: argparse.Namespace) -> None:
         class_names=names,
         colors=colors,
         title=f"Embeddings: {', '.join(studies)}",
-        note=f"{text}. Neighbours are {options.neighbours} pixels of other images.",
+        note=f"{text}. Neighbours are {options.neighbours} pixels of other images"
+        + (f", {options.apart} or more away in the data." if options.apart > 1 else "."),
         similarity_png=(options.output / "similarity.png").read_bytes(),
         most_points=options.page_points,
     )

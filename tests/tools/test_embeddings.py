@@ -101,10 +101,12 @@ def test_two_runs_write_the_same_files(main, weights, tmp_path: Path, capsys) ->
 
 def test_embeddings_of_a_projector(main, weights, tmp_path: Path, capsys) -> None:
     pytest.importorskip("sklearn")
-    layer = ("--layer", "contrast/res4")
+    layer = ("--layer", "contrast/res4", "--apart", "2")
     assert main(arguments(tmp_path, *layer, files=[str(weights["method"])])) == 0
     arrays = np.load(tmp_path / "embeddings.npz")
     assert arrays["embeddings method"].shape[1] == 256
+    page = (tmp_path / "embeddings.html").read_text()
+    assert "Neighbours are 3 pixels of other images, 2 or more away in the data." in page
     capsys.readouterr()
     assert main(arguments(tmp_path, *layer, files=[str(weights["bare"])])) == 1
     assert "has no projector for contrast/res4" in capsys.readouterr().err
