@@ -71,7 +71,7 @@ def test_a_report_opens_from_disk(browser, report: Path, size, dark: bool) -> No
     assert seen.messages == [] and seen.requests == []
 
 
-@pytest.mark.parametrize("name", ["camvid_table1a_cpu", "camvid_table7a_cpu"])
+@pytest.mark.parametrize("name", [f"camvid_table{table}_cpu" for table in ("1a", "3", "7a")])
 def test_a_table_of_variants_fits_on_a_laptop(browser, tmp_path: Path, name: str) -> None:  # noqa: F811
     result = json.loads((ROOT / f"results/{name}.json").read_text())
     write_page(tmp_path / "report.html", result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from ..html_page import escape, html_page, png_address, wide, wide_picture
 from ..visualize import plot_class_iou
 from .results import plot_variants, reading_notes, table_rows
 
-_STYLE = ".results td { white-space: nowrap } .runs td:last-child { text-align: left }"
+_STYLE = ".runs td:last-child, .runs th:last-child { text-align: left }"
+# Where the table is too wide, lines break before an interval and between words, but not between a
+# number and its spread or unit.
+_IN_A_NUMBER = re.compile(r" (?=[±+-])|(?<=±) |(?<=\d) (?=\w)")
 
 
 def write_page(path: str | Path, result: Mapping[str, Any]) -> None:
@@ -28,7 +32,9 @@ def write_page(path: str | Path, result: Mapping[str, Any]) -> None:
 
 
 def _body(result: Mapping[str, Any]) -> Iterator[str]:
-    yield wide(_table(table_rows(result), "results"))
+    head, *body = table_rows(result)
+    unbroken = [[_IN_A_NUMBER.sub("\N{NO-BREAK SPACE}", cell) for cell in row] for row in body]
+    yield wide(_table([head, *unbroken], "results"))
     yield from (f'<p class="muted">{escape(note)}</p>' for note in reading_notes(result))
     yield _picture(plot_variants(result), "mIoU of each run, and differences to the baseline")
     yield "<h2>Classes</h2><p>Mean over seeds of each variant's intersection over union.</p>"

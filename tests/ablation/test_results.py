@@ -128,4 +128,14 @@ def test_the_page_shows_names_as_they_are(result: dict, tmp_path: Path) -> None:
     assert "<h1>Two &lt;b&gt;of&lt;/b&gt; them</h1>" in page
     assert "python &lt;i&gt;x&lt;/i&gt;" in page
     assert page.count("data:image/png;base64,") == 2
-    assert "<td>+3.17 [+1.00, +4.50]</td>" in page
+
+
+def test_numbers_of_the_page_stay_whole_and_commands_as_they_are(result, tmp_path: Path) -> None:
+    result["published"]["ms_cs"] = "71.0 ± 0.2, 7.4 GB"
+    result["runs"]["base"][0]["command"] = "python train_net.py --config-file -x a=+1 3 b"
+    write_page(tmp_path / "report.html", result)
+    # A line may break where a space is.
+    page = (tmp_path / "report.html").read_text().replace("\N{NO-BREAK SPACE}", "~")
+    assert "<td>44.17~±~1.26</td><td>3</td><td>+3.17 [+1.00,~+4.50]</td>" in page
+    assert "<td>71.0~±~0.2, 7.4~GB</td>" in page
+    assert "python train_net.py --config-file -x a=+1 3 b" in page
