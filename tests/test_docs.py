@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from contrast_d2.__main__ import programs
 from contrast_d2.ablation import read_definition
@@ -152,8 +152,11 @@ def test_yaml(block: Block, tmp_path: Path) -> None:
     """The definition of an ablation, whose variants have the keys that it overrides."""
     (tmp_path / "page.yaml").write_text(block.text)
     ablation = read_definition(tmp_path / "page.yaml")
+    assert ablation.baseline in block.text and len(ablation.variants) > 1
     for variant in ablation.variants:
-        load_config(str(ROOT / variant.config), variant.overrides)
+        cfg = load_config(str(ROOT / variant.config), variant.overrides)
+        for key, value in (override.split("=", 1) for override in variant.overrides):
+            assert OmegaConf.select(cfg, key) == ast.literal_eval(value)
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "json"], ids=str)
