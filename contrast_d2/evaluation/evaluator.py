@@ -5,7 +5,6 @@ Shape letters: K classes, H W.
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -40,15 +39,12 @@ from .metrics import (
 
 logger = logging.getLogger(__name__)
 
-# Scores that detectron2's evaluator has for each class.
-_KINDS = ("IoU", "ACC")
-
 
 class SemSegEvaluator(DetectronSemSegEvaluator):
-    """Evaluate semantic segmentation with the result keys and numbers of detectron2's evaluator.
+    """detectron2's evaluator, which counts on the device of the predictions.
 
-    The confusion matrix stays on the device of the predictions: no prediction is copied to the
-    host and none is encoded unless `save_predictions` asks for it.
+    `evaluate` is detectron2's, with groups, measures and files added to what it returns. No
+    prediction is copied to the host, and none is encoded unless `save_predictions` asks for it.
 
     Args:
         dataset_name: a dataset of the DatasetCatalog whose records have `sem_seg_file_name`.
@@ -58,7 +54,8 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
             null), `confusion_matrix.csv` (pixels) and `confusion_matrix.png` (percent); None
             writes nothing.
         absent_classes: how classes absent from the ground truth enter the means, see
-            `segmentation_scores`. The default gives the numbers of detectron2 v0.6.
+            `segmentation_scores`: v0.6 and later versions of detectron2 differ. The default gives
+            the numbers of v0.6.
         save_predictions: also write `sem_seg_predictions.json`, run-length encoded masks in COCO's
             format, as detectron2's evaluator does.
         measures: what else is counted, each for the same dataset; such as `BoundaryIoU`.
@@ -93,7 +90,14 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
                     f"{dataset_name} is evaluated: give both one dataset_name"
                 )
         _check_labels(dataset_name)
-        super().__init__(dataset_name, distributed=distributed, output_dir=output_dir)
+        # Later versions than v0.6 warn where they cannot compute a boundary IoU. Ours is a measure.
+        host = logging.getLogger(DetectronSemSegEvaluator.__module__)
+        host.disabled = True
+        try:
+            super().__init__(dataset_name, distributed=distributed, output_dir=output_dir)
+        finally:
+            host.disabled = False
+        self._compute_boundary_iou = False
         self._measures = tuple(measures)
         # Groups that the dataset defines, and then those by frequency.
         self._groups = dict(MetadataCatalog.get(dataset_name).get("class_groups") or {})
@@ -105,10 +109,10 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
 
     def reset(self) -> None:
         """Forget everything counted so far."""
+        super().reset()
         self._confusion: Tensor | None = None  # (K, K) int64, on the device of the predictions
         self._counts: list[Tensor | None] = [None] * len(self._measures)
         self._num_images = 0
-        self._predictions: list[dict] = []
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
         """Count the pixels of some images.
@@ -160,27 +164,28 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
             percent, then "mIoU-<group>" and the scores of the measures; nan for what is absent
             from the ground truth. None in all but the main process.
         """
-        confusion = torch.zeros(self._num_classes, self._num_classes, dtype=torch.int64)
         if self._confusion is not None:
-            confusion = self._confusion.cpu()
-        counts = [None if c is None else c.cpu() for c in self._counts]
-        parts = [(confusion, self._num_images, self._predictions, counts)]
+            self._conf_matrix[:-1, :-1] = self._confusion.T.cpu().numpy()  # predicted x true
+        parts = [(self._num_images, [None if c is None else c.cpu() for c in self._counts])]
         if self._distributed:
-            comm.synchronize()
             parts = comm.gather(parts[0], dst=0)
-            if not comm.is_main_process():
-                return None
-        confusion = torch.stack([part[0] for part in parts]).sum(dim=0)
-        num_images = sum(part[1] for part in parts)
-        scores = self._score(confusion) | self._score_measures(
-            [part[3] for part in parts], confusion
-        )
-        if self._output_dir:
-            PathManager.mkdirs(self._output_dir)
-            if self._save_predictions:
-                self._write_predictions(itertools.chain.from_iterable(part[2] for part in parts))
+        # Without predictions detectron2 would write an empty list of them.
+        folder = self._output_dir
+        self._output_dir = folder if self._save_predictions else None
+        with np.errstate(invalid="ignore", divide="ignore"):  # where nothing is labelled
+            results = super().evaluate()
+        self._output_dir = folder
+        if results is None:
+            return None
+        confusion = torch.from_numpy(self._conf_matrix[:-1, :-1].T.copy())
+        scores = {name: float(score) for name, score in results["sem_seg"].items()}
+        scores |= self._means(confusion)
+        scores |= self._score_measures([counts for _, counts in parts], confusion)
+        num_images = sum(images for images, _ in parts)
+        if folder:
+            PathManager.mkdirs(folder)
             self._write_scores(scores, num_images)
-            path = os.path.join(self._output_dir, "confusion_matrix")
+            path = os.path.join(folder, "confusion_matrix")
             write_confusion_csv(confusion, self._class_names, path + ".csv")
             write_confusion_picture(confusion, self._class_names, path + ".png")
         self._log_scores(scores, num_images)
@@ -195,20 +200,17 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
                 "dataset that its loader reads"
             ) from None
 
-    def _score(self, confusion: Tensor) -> dict[str, float]:
+    def _means(self, confusion: Tensor) -> dict[str, float]:
+        """The means over classes, which depend on how absent ones count, and those of groups."""
         if not confusion.any():
             logger.warning(
                 "%s: no labelled pixel was evaluated, so every score is nan", self._dataset_name
             )
         scores = segmentation_scores(confusion, absent_classes=self._absent_classes)
-        result = {"mIoU": 100 * scores.miou, "fwIoU": 100 * scores.fwiou}
-        for name, iou in zip(self._class_names, scores.class_iou, strict=True):
-            result[f"IoU-{name}"] = 100 * float(iou)
-        result |= {"mACC": 100 * scores.macc, "pACC": 100 * scores.pacc}
-        for name, acc in zip(self._class_names, scores.class_acc, strict=True):
-            result[f"ACC-{name}"] = 100 * float(acc)
         groups = group_miou(confusion, self._groups, absent_classes=self._absent_classes)
-        return result | {f"mIoU-{name}": 100 * score for name, score in groups.items()}
+        means = {"mIoU": scores.miou, "fwIoU": scores.fwiou, "mACC": scores.macc}
+        means |= {f"mIoU-{name}": score for name, score in groups.items()}
+        return {name: 100 * score for name, score in means.items()}
 
     def _score_measures(
         self, parts: Sequence[Sequence[Tensor | None]], confusion: Tensor
@@ -222,15 +224,6 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
                 scores = measure.scores(total, confusion, self._absent_classes)
                 result |= {name: 100 * score for name, score in scores.items()}
         return result
-
-    def _write_predictions(self, predictions: itertools.chain[dict]) -> None:
-        path = os.path.join(self._output_dir, "sem_seg_predictions.json")
-        with PathManager.open(path, "w") as file:
-            # One mask at a time: the text of a whole dataset is far larger than its masks.
-            file.write("[")
-            for i, prediction in enumerate(predictions):
-                file.write((", " if i else "") + json.dumps(prediction))
-            file.write("]")
 
     def _write_scores(self, scores: dict[str, float], num_images: int) -> None:
         path = os.path.join(self._output_dir, "sem_seg_evaluation")
@@ -248,23 +241,10 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
     def _log_scores(self, scores: dict[str, float], num_images: int) -> None:
         rows = [(name, scores[f"IoU-{name}"], scores[f"ACC-{name}"]) for name in self._class_names]
         table = tabulate(rows, headers=("class", "IoU", "ACC"), floatfmt=".2f")
-        logger.info(
-            "%s, %d images: mIoU %.2f, fwIoU %.2f, mACC %.2f, pACC %.2f\n%s",
-            self._dataset_name,
-            num_images,
-            *(scores[name] for name in ("mIoU", "fwIoU", "mACC", "pACC")),
-            table,
-        )
-        usual = {
-            "mIoU",
-            "fwIoU",
-            "mACC",
-            "pACC",
-            *(f"{s}-{row[0]}" for row in rows for s in _KINDS),
-        }
-        others = [(name, score) for name, score in scores.items() if name not in usual]
-        if others:
-            logger.info("%s", tabulate(others, headers=("score", "percent"), floatfmt=".2f"))
+        logger.info("%s, %d images\n%s", self._dataset_name, num_images, table)
+        by_class = {f"{kind}-{name}" for kind in ("IoU", "ACC") for name in self._class_names}
+        means = [(name, score) for name, score in scores.items() if name not in by_class]
+        logger.info("%s", tabulate(means, headers=("score", "percent"), floatfmt=".2f"))
         absent = [name for name, iou, _ in rows if np.isnan(iou)]
         if absent:
             logger.info(
