@@ -19,9 +19,10 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
 # ruff: noqa: E402
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.detection_utils import read_image
 
+from contrast_d2.data.datasets import read_records
 from contrast_d2.data.labels import load_labels
 from contrast_d2.engine import last_checkpoint
 from contrast_d2.engine.predictor import load_predictor
@@ -102,7 +103,7 @@ def plot_predictions(run_dir: Path, num_images: int, output: Path, prefix: str) 
         return []
     predictor = load_predictor(str(run_dir / "config.yaml"), last_checkpoint(str(run_dir)))
     meta = MetadataCatalog.get(predictor.dataset_name)
-    records = DatasetCatalog.get(predictor.dataset_name)
+    records = read_records(predictor.dataset_name)
     names = []
     # Neighbours in a video look alike, so take images that are far apart.
     count = min(num_images, len(records))

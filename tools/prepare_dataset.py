@@ -20,6 +20,12 @@ import warnings
 # detectron2 0.6 scripts functions at import; its users can do nothing about the warning.
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
+# detectron2 reads this when it is imported.
+if __name__ == "__main__":
+    _root = argparse.ArgumentParser(add_help=False)
+    _root.add_argument("--root", default=os.environ.get("DETECTRON2_DATASETS", "datasets"))
+    os.environ["DETECTRON2_DATASETS"] = _root.parse_known_args()[0].root
+
 # ruff: noqa: E402
 from contrast_d2.data.preparations import PREPARATIONS
 from contrast_d2.data.prepare import run_plan

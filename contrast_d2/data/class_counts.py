@@ -18,10 +18,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from iopath.common.file_io import file_lock
 
-from .datasets import check_registered
+from .datasets import read_records
 from .labels import LabelMap, load_labels
 
 logger = logging.getLogger(__name__)
@@ -50,10 +50,9 @@ def count_classes(dataset: str) -> np.ndarray:
     Raises:
         ValueError: an unknown name, or labels that are missing or cannot be read.
     """
-    check_registered(dataset)
     label_map = LabelMap.from_metadata(MetadataCatalog.get(dataset))
     paths = []
-    for record in DatasetCatalog.get(dataset):
+    for record in read_records(dataset):
         if "sem_seg_file_name" not in record:
             raise ValueError(
                 f"{dataset} has no labels for {record.get('file_name')}: classes can be counted "

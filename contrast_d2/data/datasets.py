@@ -2,6 +2,7 @@
 
 A new built-in dataset is one more row of ``DATASETS``: its classes are a file in ``catalog/``, its
 files are listed by a function in ``sources``. A folder with a ``dataset.json`` needs no row.
+detectron2's own entries stay as they are: their rows add metadata.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from .labels import IGNORE_LABEL
 
 CATALOG = Path(__file__).parent / "catalog"
 
-# detectron2 registers Cityscapes and ADE20K from here, at its import.
-_BUILTIN = "detectron2.data.datasets.builtin"
-
 _SEPARATOR = "_sem_seg_"
+
+# Datasets of detectron2's whose label files `tools/prepare_dataset.py` writes, by its names.
+_PREPARED = {"cityscapes_fine_sem_seg": "cityscapes", "ade20k_sem_seg": "ade20k"}
 
 
 class Dataset(NamedTuple):
     """One row of the table."""
 
     name: str
-    load: Callable[[], list[Record]]
-    """Returns the records, in detectron2's dataset format."""
+    load: Callable[[], list[Record]] | None
+    """Returns the records, in detectron2's dataset format; None where detectron2 has them."""
     classes: Classes
     contiguous_labels: bool = False
     """Whether the label files hold contiguous ids and IGNORE_LABEL for void, as detectron2's own
@@ -94,28 +95,35 @@ SHAPES = Classes(
 def _rows(
     name: str,
     classes: Classes,
-    load: Callable[..., list[Record]],
+    load: Callable[..., list[Record]] | None,
     splits: Mapping[str, Sequence[str]],
     contiguous_labels: bool = False,
 ) -> list[Dataset]:
     """One row per split; its arguments to ``load`` are the owner's names of the split's parts."""
     return [
-        Dataset(f"{name}{_SEPARATOR}{split}", partial(load, *parts), classes, contiguous_labels)
+        Dataset(
+            f"{name}{_SEPARATOR}{split}",
+            None if load is None else partial(load, *parts),
+            classes,
+            contiguous_labels,
+        )
         for split, parts in splits.items()
     ]
 
 
 _TRAIN_VAL = {"train": ["train"], "val": ["val"]}
 _TRAIN_VAL_TEST = {**_TRAIN_VAL, "test": ["test"]}
+_TEST_IMAGES = {"test_images": ["test"]}  # without the dummy labels that are published for them
 _WITH_TRAINVAL = {**_TRAIN_VAL_TEST, "trainval": ["train", "val"]}
-_ADE20K_SPLITS = {"train": ["training"], "val": ["validation"]}
 _COCO_SPLITS = {"train": ["train2017"], "val": ["val2017"]}
 
 DATASETS = (
     *_rows("camvid", CAMVID, sources.camvid, _WITH_TRAINVAL),
     *_rows("camvid_original", CAMVID_ORIGINAL, sources.camvid_original, _TRAIN_VAL_TEST),
-    *_rows("cityscapes_fine", CITYSCAPES, sources.cityscapes, _WITH_TRAINVAL, True),
-    *_rows("ade20k", ADE20K, sources.ade20k, _ADE20K_SPLITS, True),
+    *_rows("cityscapes_fine", CITYSCAPES, None, _TRAIN_VAL_TEST, True),
+    *_rows("cityscapes_fine", CITYSCAPES, sources.cityscapes_trainval, {"trainval": []}, True),
+    *_rows("cityscapes_fine", CITYSCAPES, sources.cityscapes_images, _TEST_IMAGES, True),
+    *_rows("ade20k", ADE20K, None, _TRAIN_VAL, True),
     *_rows("pascal_context_60", PASCAL_CONTEXT, sources.pascal_context, _TRAIN_VAL),
     *_rows(
         "pascal_context_59",
@@ -141,20 +149,17 @@ DATASETS = (
 def register_datasets(datasets: Iterable[Dataset] = DATASETS) -> None:
     """Registers datasets in detectron2's DatasetCatalog and MetadataCatalog.
 
-    A name that is already registered is left as it is, whoever registered it. The exception are
-    detectron2's own entries of Cityscapes and ADE20K: they keep their metadata and the meaning of
-    their label files, and get what they lack, colours and a list of files that is in the same
-    order everywhere. Nothing is read from disk.
+    A name that is registered already is left as it is. Entries of detectron2's own get the
+    metadata that they lack, such as colours and the label of void. Nothing is read from disk.
 
     Args:
         datasets: rows to register.
     """
     for row in datasets:
-        if row.name in DatasetCatalog:
-            if getattr(DatasetCatalog[row.name], "__module__", None) != _BUILTIN:
+        if row.load is not None:
+            if row.name in DatasetCatalog:
                 continue
-            DatasetCatalog.remove(row.name)
-        DatasetCatalog.register(row.name, row.load)
+            DatasetCatalog.register(row.name, row.load)
         metadata = MetadataCatalog.get(row.name)
         present = metadata.as_dict()
         new = {key: value for key, value in _metadata(row).items() if key not in present}
@@ -225,6 +230,31 @@ def check_registered(name: str) -> None:
         hints.append(f"if it is a folder of yours, put a {FILE_NAME} into {folder}")
     hint = "; ".join(hints) or "see DatasetCatalog.list()"
     raise ValueError(f"Dataset {name!r} is not registered: {hint}")
+
+
+def read_records(name: str) -> list[Record]:
+    """The records of a dataset, sorted by the names of their images.
+
+    detectron2 lists some datasets in the order of the disk; sorted, every machine sees one order.
+
+    Args:
+        name: of a registered dataset.
+
+    Raises:
+        ValueError: an unknown name, or files that are missing.
+    """
+    check_registered(name)
+    try:
+        records = DatasetCatalog.get(name)
+    except (AssertionError, OSError) as error:  # of detectron2's own entries
+        reason = " ".join(str(error).split()) or type(error).__name__
+        known = [key for key in _PREPARED if name.startswith(key)]
+        prepare = f", or run python tools/prepare_dataset.py {_PREPARED[known[0]]}" if known else ""
+        raise ValueError(
+            f"{name} cannot be listed ({reason}). Set DETECTRON2_DATASETS to the folder that holds "
+            f"the datasets before the program starts{prepare}"
+        ) from error
+    return sorted(records, key=lambda record: record["file_name"])
 
 
 def num_classes(dataset: str | Sequence[str]) -> int:

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList
 from detectron2.data.samplers import InferenceSampler
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
-from .datasets import check_registered
+from .datasets import check_registered, read_records
 from .labels import LabelMap
 from .repeat_factors import repeat_factors
 from .samplers import ResumableTrainingSampler, sample_rng
@@ -190,7 +190,7 @@ def _load_records(names: Sequence[str]) -> list[Record]:
                 f"Datasets {first.name!r} and {other.name!r} differ in classes or label values and "
                 "cannot be trained on together"
             )
-    records = [DatasetCatalog.get(name) for name in names]
+    records = [read_records(name) for name in names]
     empty = [name for name, part in zip(names, records, strict=True) if not part]
     if empty:
         raise ValueError(f"Datasets without a single image: {empty}")

@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
 import numpy as np
-from detectron2.data import DatasetCatalog
 from PIL import Image
 from tqdm import tqdm
 
+from .datasets import read_records
 from .files import datasets_root
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def _count_images(names: Iterable[str], partial: bool) -> dict[str, int]:
     images, failures = {}, []
     for name in names:
         try:
-            images[name] = len(DatasetCatalog.get(name))
+            images[name] = len(read_records(name))
         except ValueError as error:
             if not partial:
                 raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 
+from detectron2.data import DatasetCatalog
 from detectron2.utils.file_io import PathManager
 
 from .files import (
@@ -61,15 +62,15 @@ def voc2010_folder() -> str:
     return unpacked if PathManager.isdir(os.path.join(root, unpacked)) else "VOC2010"
 
 
-def cityscapes(*splits: str) -> list[Record]:
-    """Lists Cityscapes: ``cityscapes/{leftImg8bit,gtFine}/SPLIT/CITY/``.
-
-    The test split gets no labels: those that are published for it are dummies.
-    """
-    return [record for split in splits for record in _cityscapes_split(split)]
+def cityscapes_trainval() -> list[Record]:
+    """Lists the training and validation images of Cityscapes, as detectron2 does each of them."""
+    parts = ("cityscapes_fine_sem_seg_train", "cityscapes_fine_sem_seg_val")
+    return [record for part in parts for record in DatasetCatalog.get(part)]
 
 
-def _cityscapes_split(split: str) -> list[Record]:
+def cityscapes_images(split: str) -> list[Record]:
+    """Lists the images of a split of Cityscapes, ``cityscapes/leftImg8bit/SPLIT/CITY/``, without
+    labels."""
     root, folder = datasets_root(), f"cityscapes/leftImg8bit/{split}"
     path = os.path.join(root, folder)
     if not PathManager.isdir(path):
@@ -77,28 +78,8 @@ def _cityscapes_split(split: str) -> list[Record]:
     cities = [c for c in sorted(PathManager.ls(path)) if PathManager.isdir(os.path.join(path, c))]
     if not cities:
         raise ValueError(f"The dataset folder {path} holds no folders of cities")
-    parts = [
-        Folders(
-            f"{folder}/{city}",
-            None if split == "test" else f"cityscapes/gtFine/{split}/{city}",
-            image_suffixes=(_IMAGE,),
-            label_suffix="_gtFine_labelTrainIds.png",
-            missing_labels=prepare_hint("cityscapes"),
-        )
-        for city in cities
-    ]
+    parts = [Folders(f"{folder}/{city}", None, image_suffixes=(_IMAGE,)) for city in cities]
     return pair_files(root, parts)
-
-
-def ade20k(split: str) -> list[Record]:
-    """Lists ADE20K: ``ADEChallengeData2016/{images,annotations_detectron2}/SPLIT/``."""
-    folders = Folders(
-        f"ADEChallengeData2016/images/{split}",
-        f"ADEChallengeData2016/annotations_detectron2/{split}",
-        image_suffixes=_JPG,
-        missing_labels=prepare_hint("ade20k"),
-    )
-    return pair_files(datasets_root(), [folders])
 
 
 def pascal_context(split: str) -> list[Record]:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch import Tensor
 
+from contrast_d2.data.datasets import read_records
 from contrast_d2.data.reading import READ_ERRORS
 
 from .measure import Measure
@@ -89,7 +90,7 @@ class CityscapesScores(Measure):
         self._category_of_class = np.empty(self.num_classes, dtype=np.int64)
         for number, members in enumerate(self.categories.values()):
             self._category_of_class[list(members)] = number
-        files = [_instance_file(r["sem_seg_file_name"]) for r in DatasetCatalog.get(dataset_name)]
+        files = [_instance_file(r["sem_seg_file_name"]) for r in read_records(dataset_name)]
         missing = [path for path in files if not PathManager.isfile(path)]
         if missing:
             raise ValueError(

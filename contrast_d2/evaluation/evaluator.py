@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator as DetectronSemSegEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
@@ -21,7 +21,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from contrast_d2.data.class_counts import count_classes
-from contrast_d2.data.datasets import check_registered
+from contrast_d2.data.datasets import check_registered, read_records
 from contrast_d2.data.labels import LabelMap, load_labels
 
 from .confusion_files import write_confusion_csv, write_confusion_picture
@@ -260,7 +260,7 @@ def _add(total: Tensor | None, counts: Tensor) -> Tensor:
 
 
 def _check_labels(dataset_name: str) -> None:
-    for record in DatasetCatalog.get(dataset_name):
+    for record in read_records(dataset_name):
         if "sem_seg_file_name" not in record:
             raise ValueError(
                 f"{dataset_name} has no labels for {record.get('file_name')}, so there is nothing "

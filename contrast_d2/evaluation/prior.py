@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import inference_on_dataset
 from torch import Tensor, nn
 
-from contrast_d2.data.datasets import check_registered
+from contrast_d2.data.datasets import check_registered, read_records
 from contrast_d2.data.labels import LabelMap, load_labels
 
 from .evaluator import SemSegEvaluator
@@ -104,7 +104,7 @@ def evaluate_position_prior(
     for name in (train, evaluate):
         check_registered(name)
     train_meta, meta = MetadataCatalog.get(train), MetadataCatalog.get(evaluate)
-    records, train_records = DatasetCatalog.get(evaluate), DatasetCatalog.get(train)
+    records, train_records = read_records(evaluate), read_records(train)
     if list(train_meta.stuff_classes) != list(meta.stuff_classes):
         raise ValueError(
             f"{train} has the classes {train_meta.stuff_classes}, but {evaluate} has "

@@ -13,13 +13,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 
-from contrast_d2.data.datasets import check_registered
+from contrast_d2.data.datasets import check_registered, read_records
 from contrast_d2.data.files import add_sizes
 from contrast_d2.data.reading import READ_ERRORS
 
@@ -65,7 +65,7 @@ class SubmissionWriter(DatasetEvaluator):
         # Of several ids of a class, the first stands for it.
         by_class = {k: dataset_id for dataset_id, k in reversed(ids.items())}
         self._ids_K = np.array([by_class[k] for k in sorted(by_class)], dtype=np.uint8)
-        self._records = {r["file_name"]: r for r in DatasetCatalog.get(dataset_name)}
+        self._records = {r["file_name"]: r for r in read_records(dataset_name)}
         names = Counter(_png_name(file_name) for file_name in self._records)
         if twice := [name for name, count in names.items() if count > 1]:
             raise ValueError(

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pycocotools.mask as mask_util
+import pytest
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import builtin
 from PIL import Image
 from scipy.io import savemat
 
@@ -32,6 +35,21 @@ def write_png(path: Path, labels: np.ndarray) -> None:
     Image.fromarray(labels).save(path)
 
 
+def set_root(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+    """Makes a folder the root of all datasets, also of those that detectron2 has registered with
+    the one that was set when it was imported."""
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(root))
+    catalog: dict = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(DatasetCatalog, "data", catalog)
+        patch.setattr(MetadataCatalog, "data", {})
+        builtin.register_all_cityscapes(str(root))
+        builtin.register_all_ade20k(str(root))
+    for name, load in catalog.items():
+        if "_sem_seg_" in name:
+            monkeypatch.setitem(DatasetCatalog.data, name, load)
+
+
 def cityscapes(root: Path) -> None:
     """Two cities in training, one in validation and one in test; label ids 0..33 and 255."""
     labels = one_row([*range(34), 255])
@@ -48,6 +66,8 @@ def cityscapes(root: Path) -> None:
         folder = root / f"cityscapes/gtFine/{split}/{city}"
         write_png(folder / f"{name}_gtFine_labelIds.png", labels)
         write_png(folder / f"{name}_gtFine_instanceIds.png", labels)
+        polygons = {"imgHeight": labels.shape[0], "imgWidth": labels.shape[1], "objects": []}
+        (folder / f"{name}_gtFine_polygons.json").write_text(json.dumps(polygons))
 
 
 def ade20k(root: Path, count: int = 2) -> None:

@@ -110,7 +110,8 @@ def test_names_splits_and_numbers_of_classes():
         found.setdefault(dataset, set()).add(split)
     assert found.keys() == NUM_CLASSES.keys()
     three = {"train", "val", "test"}
-    assert found["cityscapes_fine"] == found["camvid"] == three | {"trainval"}
+    assert found["camvid"] == three | {"trainval"}
+    assert found["cityscapes_fine"] == three | {"trainval", "test_images"}
     assert found["cadis_task3"] == found["camvid_original"] == three
     assert found["coco_stuff_10k"] == {"train", "test"}
     assert found["coco_stuff_164k"] == found["pascal_context_59"] == {"train", "val"}
@@ -144,6 +145,8 @@ def test_groups_of_cadis_and_cityscapes():
 
 def test_detectron2s_entries_keep_their_meaning():
     """Names, void and contiguous label files are detectron2's; colours and label ids are added."""
+    for name in ("cityscapes_fine_sem_seg_train", "ade20k_sem_seg_val"):
+        assert DatasetCatalog[name].__module__ == "detectron2.data.datasets.builtin"
     cityscapes = MetadataCatalog.get("cityscapes_fine_sem_seg_val")
     assert cityscapes.evaluator_type == "cityscapes_sem_seg" and cityscapes.gt_dir
     assert cityscapes.stuff_colors[:2] == [[128, 64, 128], [244, 35, 232]]
@@ -264,7 +267,7 @@ def test_documentation_lists_every_split_and_number():
     documented = {
         prefix + split: (int(classes), void)
         for prefix, splits, classes, void in rows
-        for split in re.findall(r"[a-z]+", splits)
+        for split in re.findall(r"[a-z_]+", splits)
     }
     assert documented.keys() == {row.name for row in DATASETS}
     for row in DATASETS:

@@ -20,7 +20,7 @@ from . import published
 @pytest.fixture
 def ade20k(tmp_path, monkeypatch) -> Path:
     """ADE20K of three images per split; its folder."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    published.set_root(monkeypatch, tmp_path)
     published.ade20k(tmp_path, count=3)
     return tmp_path / "ADEChallengeData2016"
 

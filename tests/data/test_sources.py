@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 
 from contrast_d2.data import SemSegMapper
-from contrast_d2.data.datasets import CATALOG
+from contrast_d2.data.datasets import CATALOG, read_records
 from contrast_d2.data.preparations import PREPARATIONS
 from contrast_d2.data.prepare import run_plan
 from contrast_d2.data.sources import CADIS_VIDEOS
@@ -20,7 +20,7 @@ from . import published
 
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    published.set_root(monkeypatch, tmp_path)
     return tmp_path
 
 
@@ -30,7 +30,7 @@ def prepare(dataset: str):
 
 def mapped(name: str, record: int = 0) -> list[int]:
     """What each label value becomes: the first row of a record's labels."""
-    sample = SemSegMapper(dataset_name=name, is_train=True)(DatasetCatalog.get(name)[record])
+    sample = SemSegMapper(dataset_name=name, is_train=True)(read_records(name)[record])
     return sample["sem_seg"][0].tolist()
 
 
@@ -41,11 +41,14 @@ def classes_of(name: str, values: list[int]) -> list[str | None]:
 
 def test_cityscapes(root) -> None:
     published.cityscapes(root)
-    with pytest.raises(ValueError, match=r"labelTrainIds.*tools/prepare_dataset\.py cityscapes"):
-        DatasetCatalog.get("cityscapes_fine_sem_seg_train")
+    with pytest.raises(
+        ValueError,
+        match=r"labelTrainIds.*tools/prepare_dataset\.py cityscapes",
+    ):
+        read_records("cityscapes_fine_sem_seg_train")
     assert prepare("cityscapes").written == 4
-    train = DatasetCatalog.get("cityscapes_fine_sem_seg_train")
-    ids = [record["image_id"] for record in train]
+    train = read_records("cityscapes_fine_sem_seg_train")
+    ids = [Path(record["file_name"]).name.removesuffix("_leftImg8bit.png") for record in train]
     assert ids == ["aachen_000001_000019", "aachen_000002_000019", "ulm_000001_000019"]
     values = mapped("cityscapes_fine_sem_seg_val")
     label_ids = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
@@ -53,22 +56,25 @@ def test_cityscapes(root) -> None:
     assert values == [classes.get(i, 255) for i in range(34)] + [255]  # 255: license plate
     names = classes_of("cityscapes_fine_sem_seg_val", values)
     assert (names[7], names[26], names[33]) == ("road", "car", "bicycle")
-    assert len(DatasetCatalog.get("cityscapes_fine_sem_seg_trainval")) == 4
+    assert len(read_records("cityscapes_fine_sem_seg_trainval")) == 4
 
 
 def test_cityscapes_test_has_no_labels(root) -> None:
     published.cityscapes(root)
-    (record,) = DatasetCatalog.get("cityscapes_fine_sem_seg_test")
+    (record,) = read_records("cityscapes_fine_sem_seg_test_images")
     assert record.keys() == {"file_name", "image_id"}
-    assert SemSegMapper(dataset_name="cityscapes_fine_sem_seg_test", is_train=False)(record)
+    assert SemSegMapper(dataset_name="cityscapes_fine_sem_seg_test_images", is_train=False)(record)
     with pytest.raises(ValueError, match="train on a split that has labels"):
-        SemSegMapper(dataset_name="cityscapes_fine_sem_seg_test", is_train=True)(record)
+        SemSegMapper(dataset_name="cityscapes_fine_sem_seg_test_images", is_train=True)(record)
 
 
 def test_ade20k(root) -> None:
     published.ade20k(root)
-    with pytest.raises(ValueError, match=r"Run python tools/prepare_dataset\.py ade20k"):
-        DatasetCatalog.get("ade20k_sem_seg_val")
+    with pytest.raises(
+        ValueError,
+        match=r"_detectron2/validation.*tools/prepare_dataset\.py ade20k",
+    ):
+        read_records("ade20k_sem_seg_val")
     assert prepare("ade20k").images == {"ade20k_sem_seg_train": 2, "ade20k_sem_seg_val": 2}
     for split in ("train", "val"):
         assert mapped(f"ade20k_sem_seg_{split}") == [255, *range(150)]
@@ -78,9 +84,9 @@ def test_ade20k(root) -> None:
 def test_pascal_context_from_mat_files(root, folder) -> None:
     published.pascal_context_mat(root, folder)
     with pytest.raises(ValueError, match=r"tools/prepare_dataset\.py pascal_context"):
-        DatasetCatalog.get("pascal_context_59_sem_seg_train")
+        read_records("pascal_context_59_sem_seg_train")
     assert prepare("pascal_context").written == 3
-    train = DatasetCatalog.get("pascal_context_60_sem_seg_train")
+    train = read_records("pascal_context_60_sem_seg_train")
     assert [record["image_id"] for record in train] == published.PASCAL_SPLITS["train"]
     values = mapped("pascal_context_60_sem_seg_val")
     names = classes_of("pascal_context_60_sem_seg_val", values)
@@ -115,15 +121,15 @@ def test_coco_stuff_releases_differ_by_one(root) -> None:
     published.coco_stuff_10k(root)
     published.coco_stuff_164k(root)
     with pytest.raises(ValueError, match=r"prepare_dataset\.py coco_stuff_10k"):
-        DatasetCatalog.get("coco_stuff_10k_sem_seg_train")
+        read_records("coco_stuff_10k_sem_seg_train")
     assert prepare("coco_stuff_10k").written == 3
-    assert len(DatasetCatalog.get("coco_stuff_10k_sem_seg_train")) == 2
+    assert len(read_records("coco_stuff_10k_sem_seg_train")) == 2
     small, large = "coco_stuff_10k_sem_seg_test", "coco_stuff_164k_sem_seg_val"
     assert mapped(small) == mapped(large) == [255, *range(171)]
     assert MetadataCatalog.get(small).stuff_classes == MetadataCatalog.get(large).stuff_classes
     # A file of one release read as the other's: 12 - 1 and 182 are no categories.
     for name, value in ((small, 12), (large, 182)):
-        record = DatasetCatalog.get(name)[0]
+        record = read_records(name)[0]
         published.write_png(Path(record["sem_seg_file_name"]), published.one_row([value] * 172))
         with pytest.raises(ValueError, match=rf"hold label values \[{value}\]"):
             mapped(name)
@@ -133,11 +139,11 @@ def test_camvid_original(root) -> None:
     labels = json.loads((CATALOG / "camvid_labels.json").read_text())["labels"]
     published.camvid_original(root, [label["color"] for label in labels])
     with pytest.raises(ValueError, match=r"prepare_dataset\.py camvid_original"):
-        DatasetCatalog.get("camvid_original_sem_seg_val")
+        read_records("camvid_original_sem_seg_val")
     assert prepare("camvid_original").written == 3
     frames = {"train": "0001TP_006690", "val": "0016E5_07959", "test": "Seq05VD_f00000"}
     for split, frame in frames.items():
-        (record,) = DatasetCatalog.get(f"camvid_original_sem_seg_{split}")
+        (record,) = read_records(f"camvid_original_sem_seg_{split}")
         assert record["image_id"] == frame and (record["height"], record["width"]) == (2, 32)
     names = classes_of("camvid_original_sem_seg_val", mapped("camvid_original_sem_seg_val"))
     found = dict(zip([label["name"] for label in labels], names, strict=True))
@@ -166,14 +172,14 @@ def test_camvid_splits_are_those_of_the_small_release(camvid) -> None:
     from contrast_d2.data.sources import camvid_split
 
     for split in ("train", "val", "test"):
-        names = [record["image_id"] for record in DatasetCatalog.get(f"camvid_sem_seg_{split}")]
+        names = [record["image_id"] for record in read_records(f"camvid_sem_seg_{split}")]
         assert {camvid_split(name) for name in names} == {split}
 
 
 def test_camvid_as_the_tutorial_lays_it_out(root) -> None:
     published.camvid_segnet(root)
     assert mapped("camvid_sem_seg_test") == [*range(11), 255]
-    assert len(DatasetCatalog.get("camvid_sem_seg_trainval")) == 2
+    assert len(read_records("camvid_sem_seg_trainval")) == 2
 
 
 # From the dataset's table: what each of its 36 labels is in tasks 1, 2 and 3.
@@ -192,7 +198,7 @@ def test_cadis(root) -> None:
     videos = {
         split: [
             int(record["image_id"][5:].partition("_")[0])
-            for record in DatasetCatalog.get(f"cadis_task2_sem_seg_{split}")
+            for record in read_records(f"cadis_task2_sem_seg_{split}")
         ]
         for split in ("train", "val", "test")
     }
@@ -205,7 +211,7 @@ def test_cadis(root) -> None:
 
 def test_cadis_task_1_has_no_void(root) -> None:
     published.cadis(root)
-    record = DatasetCatalog.get("cadis_task1_sem_seg_val")[0]
+    record = read_records("cadis_task1_sem_seg_val")[0]
     published.write_png(Path(record["sem_seg_file_name"]), published.one_row([255] * 36))
     with pytest.raises(ValueError, match=r"label values \[255\] that cadis_task1"):
         mapped("cadis_task1_sem_seg_val")
@@ -216,10 +222,10 @@ def test_order_does_not_depend_on_the_disk(root, monkeypatch) -> None:
 
     published.cityscapes(root)
     prepare("cityscapes")
-    before = DatasetCatalog.get("cityscapes_fine_sem_seg_train")
+    before = read_records("cityscapes_fine_sem_seg_train")
     listed = PathManager.ls
     monkeypatch.setattr(PathManager, "ls", lambda path: sorted(listed(path))[::-1])
-    assert DatasetCatalog.get("cityscapes_fine_sem_seg_train") == before
+    assert read_records("cityscapes_fine_sem_seg_train") == before
 
 
 def test_a_listed_image_that_is_missing_is_named(root) -> None:
@@ -227,14 +233,14 @@ def test_a_listed_image_that_is_missing_is_named(root) -> None:
     prepare("coco_stuff_10k")
     (root / "coco_stuff_10k/images/COCO_train2014_000000000078.jpg").unlink()
     with pytest.raises(ValueError, match="lacks the image COCO_train2014_000000000078.jpg"):
-        DatasetCatalog.get("coco_stuff_10k_sem_seg_test")
+        read_records("coco_stuff_10k_sem_seg_test")
 
 
 def test_hidden_files_are_no_images(root) -> None:
     published.cadis(root)
     folder = root / "cadis/Video05/Images"
     (folder / "._Video5_frame000450.png").write_bytes(b"resource fork")
-    assert len(DatasetCatalog.get("cadis_task1_sem_seg_val")) == 3
+    assert len(read_records("cadis_task1_sem_seg_val")) == 3
 
 
 def test_prepared_files_are_images_of_one_channel(root) -> None:

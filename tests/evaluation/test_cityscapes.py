@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 import contrast_d2.data  # noqa: F401  (registers the datasets)
 from contrast_d2.evaluation import CityscapesScores, SemSegEvaluator
 from contrast_d2.evaluation.cityscapes import AVERAGE_INSTANCE_SIZES
+from tests.data import published
 
 NAME = "cityscapes_fine_sem_seg_val"
 CITY = "aachen"
@@ -23,14 +25,14 @@ TRAIN_ID = {ROAD: 0, SKY: 10, PERSON: 11, CAR: 13, BUS: 15}
 @pytest.fixture
 def write_cityscapes(tmp_path: Path, monkeypatch):
     """Writes images of Cityscapes from their instance files, as they are published."""
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    published.set_root(monkeypatch, tmp_path)
 
     def write(instance_maps: list[np.ndarray]) -> Path:
         images, labels = (
             tmp_path / "cityscapes" / kind / "val" / CITY for kind in ("leftImg8bit", "gtFine")
         )
-        images.mkdir(parents=True)
-        labels.mkdir(parents=True)
+        images.mkdir(parents=True, exist_ok=True)
+        labels.mkdir(parents=True, exist_ok=True)
         for i, instances in enumerate(instance_maps):
             stem = f"{CITY}_{i:06d}_000019"
             ids = np.where(instances >= 1000, instances // 1000, instances)
@@ -42,6 +44,8 @@ def write_cityscapes(tmp_path: Path, monkeypatch):
                 ("labelTrainIds", train_ids, np.uint8),
             ):
                 Image.fromarray(values.astype(dtype)).save(labels / f"{stem}_gtFine_{kind}.png")
+            polygons = {"imgHeight": ids.shape[0], "imgWidth": ids.shape[1]}
+            (labels / f"{stem}_gtFine_polygons.json").write_text(json.dumps(polygons))
         return labels
 
     return write
@@ -159,7 +163,8 @@ def test_missing_or_strange_files_are_errors(write_cityscapes):
     Image.fromarray(np.zeros((32, 64), dtype=np.uint8)).save(path)
     with pytest.raises(ValueError, match="instanceIds.png must have one channel of 16 bits"):
         evaluate([predict(random_scene(0), 0)])
-    path.unlink()
+    write_cityscapes([random_scene(0), random_scene(1)])
+    sorted(labels.glob("*_instanceIds.png"))[1].unlink()  # detectron2 looks for the first only
     with pytest.raises(ValueError, match="1 files of instances .*gtFine_trainvaltest.zip"):
         CityscapesScores(NAME)
     with pytest.raises(ValueError, match="camvid_sem_seg_val has not the classes"):

@@ -12,7 +12,7 @@ from PIL import Image
 import contrast_d2.data  # noqa: F401  (registers the datasets)
 from contrast_d2.evaluation import SemSegEvaluator, SubmissionWriter
 
-NAME = "cityscapes_fine_sem_seg_test"
+NAME = "cityscapes_fine_sem_seg_test_images"
 SIZE = (6, 10)
 
 

@@ -15,7 +15,7 @@ import json, os, sys
 os.environ["DETECTRON2_DATASETS"] = root = sys.argv[1]
 import contrast_d2.engine
 from contrast_d2.data import DATASETS, register_folder
-from detectron2.data import DatasetCatalog
+from contrast_d2.data.datasets import read_records
 found, failed = {}, {}
 names = [row.name for row in DATASETS]
 for folder in sorted(os.listdir(root)) if os.path.isdir(root) else []:
@@ -26,7 +26,7 @@ for folder in sorted(os.listdir(root)) if os.path.isdir(root) else []:
             failed[folder] = str(error)
 for name in names:
     try:
-        found[name] = len(DatasetCatalog.get(name))
+        found[name] = len(read_records(name))
     except Exception as error:
         failed[name] = str(error)
 print(json.dumps({"found": found, "failed": failed, "file": contrast_d2.__file__}))

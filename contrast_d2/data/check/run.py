@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from tqdm import tqdm
 
-from ..datasets import check_registered, register_folder
+from ..datasets import check_registered, read_records, register_folder
 from ..files import BrokenFilesError, Record, datasets_root
 from ..folder import FILE_NAME, load_folder_split
 from ..labels import LabelMap
@@ -94,11 +94,11 @@ def _list_splits(names: Sequence[str]) -> tuple[dict[str, list[Record]], list[Fi
     seen: set[str] = set()
     for name in names:
         try:
-            of_split = DatasetCatalog.get(name)
+            of_split = read_records(name)
         except BrokenFilesError as broken:
             of_split = broken.records
             findings += _broken(name, broken)
-        except (ValueError, AssertionError, OSError) as failure:  # detectron2 asserts
+        except ValueError as failure:
             findings.append(error(f"{name} cannot be listed. {failure}."))
             continue
         files = {record["file_name"] for record in of_split}
