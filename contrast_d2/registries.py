@@ -84,7 +84,9 @@ def build_named(
     """
     node = find(registry, section["NAME"])()
     set_options(node, section["OPTIONS"], f"{path}.OPTIONS")
-    return instantiate(OmegaConf.create({**known, "part": node}, flags={"allow_objects": True}).part)
+    return instantiate(
+        OmegaConf.create({**known, "part": node}, flags={"allow_objects": True}).part
+    )
 
 
 def arguments_of(

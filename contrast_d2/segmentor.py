@@ -196,7 +196,8 @@ def _channels(backbone: Backbone, head: nn.Module) -> dict[str, int]:
     """Channels of the maps of backbone and head by name; the head is run to see its own."""
     shapes = backbone.output_shape()
     side = max(shape.stride for shape in shapes.values())
-    maps = {n: torch.zeros(1, s.channels, *[side // s.stride] * 2) for n, s in shapes.items()}
+    # Two images: norms refuse a single value per channel, also in evaluation.
+    maps = {n: torch.zeros(2, s.channels, *[side // s.stride] * 2) for n, s in shapes.items()}
     features = decode(head.eval(), maps).features if hasattr(head, "decode") else {}
     head.train()
     return {name: x.shape[1] for name, x in {**maps, **features}.items()}

@@ -55,7 +55,12 @@ def add_contrast_config(cfg: CfgNode) -> None:
     add_deeplab_config(cfg)
     cfg.MODEL.CONTRAST = CfgNode({"NAME": ""})  # "" is the baseline
     cfg.MODEL.SEG_LOSS = CfgNode({"NAME": "cross_entropy"})
-    for part in (cfg.MODEL.BACKBONE, cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.CONTRAST, cfg.MODEL.SEG_LOSS):
+    for part in (
+        cfg.MODEL.BACKBONE,
+        cfg.MODEL.SEM_SEG_HEAD,
+        cfg.MODEL.CONTRAST,
+        cfg.MODEL.SEG_LOSS,
+    ):
         part.OPTIONS = CfgNode(new_allowed=True)
     cfg.INPUT.AUGMENTATIONS = CfgNode(new_allowed=True)
     cfg.TEST.INFERENCE = CfgNode(new_allowed=True)
@@ -231,7 +236,8 @@ def _dataloader(cfg: CfgNode) -> DictConfig:
     given = {"crop_size": list(crop.SIZE), "max_class_area": area, "flip": _FLIPS[flip]}
     mapper.augmentations.update(given)
     set_options(mapper.augmentations, cfg.INPUT.AUGMENTATIONS, "INPUT.AUGMENTATIONS", given)
-    set_options(loaders.inference, cfg.TEST.INFERENCE, "TEST.INFERENCE")
+    loaders.inference.pad_value = list(cfg.MODEL.PIXEL_MEAN)
+    set_options(loaders.inference, cfg.TEST.INFERENCE, "TEST.INFERENCE", ("pad_value",))
     set_options(loaders.evaluator, cfg.TEST.EVALUATOR, "TEST.EVALUATOR")
     return loaders
 

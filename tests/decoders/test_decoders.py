@@ -309,6 +309,8 @@ def test_logits_stay_in_place(row: Row) -> None:
     for x in after.values():
         x[..., :1, :1] += 20.0
     with torch.no_grad():
-        difference = (decoder.decode(after).logits - decoder.decode(before).logits).abs().amax(dim=(0, 1))
+        difference = (
+            (decoder.decode(after).logits - decoder.decode(before).logits).abs().amax(dim=(0, 1))
+        )
     y, x = divmod(difference.argmax().item(), difference.shape[1])
     assert max(y, x) * row.stride < 64
