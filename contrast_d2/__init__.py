@@ -6,6 +6,9 @@ meta-architecture and the datasets. `contrast_d2.contrast` does without detectro
 
 from importlib.util import find_spec
 
+from .resources import get_config
+
+__all__ = ["get_config"]
 __version__ = "0.1.0"
 __all__ = ["__version__"]
 

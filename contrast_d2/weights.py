@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import torch
 def read_weights(path: str | Path) -> dict[str, Any]:
     """Reads a checkpoint that `torch.save` wrote, or a `.safetensors` file, onto the CPU.
 
-    Objects other than tensors and plain Python values are refused, not built.
+    Objects other than tensors and plain Python values are refused, not built. A file of
+    `torch.save` is a zip archive with a checksum for each tensor, which `torch.load` ignores: they
+    are verified here, so that a flipped bit is an error and not a weight.
 
     Args:
         path: of a local file.
@@ -32,6 +35,10 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         if path.endswith(".safetensors"):
             content = safetensors.torch.load_file(path)
         else:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as archive:
+                    if broken := archive.testzip():
+                        raise zipfile.BadZipFile(f"its part {broken} fails its checksum")
             # Named here, since it is the default of torch 2.6 and newer only.
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the readers of its format raise on a damaged file

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from contrast_d2.contrast import PNE, ContrastMethod, ContrastSum, MultiScaleContrast
-from contrast_d2.engine.main import check_classes
+from contrast_d2.engine import check_classes
 from contrast_d2.segmentor import ContrastiveSegmentor
 from contrast_d2.structures import SegOutput
 

@@ -12,7 +12,6 @@ Usage:
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
@@ -65,8 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         stopped.
     """
     options = _parser().parse_intermixed_args(arguments)
-    # Of the contrast's weights, which no prediction uses, checkpoints of a training hold many.
-    logging.getLogger("fvcore.common.checkpoint").setLevel(logging.ERROR)
+    options.inputs += options.input
     try:
         return Demo(options).run()
     except (ValueError, OSError) as error:
@@ -78,8 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("inputs", nargs="*", metavar="INPUT", help="image, folder of images, pattern, or video")
+    add("--input", nargs="+", default=[], metavar="INPUT", help="the same, as detectron2's demo")
     add("--config-file", required=True, metavar="FILE", help="experiment file, or run's config")
-    add("--weights", required=True, metavar="FILE", help="checkpoint")
+    add("--weights", default="", metavar="FILE", help="checkpoint (default: the config's)")
     add("--webcam", metavar="DEVICE", help="a camera instead of files, such as 0; Ctrl-C ends it")
     add("--output", type=Path, default=Path("output/pictures"), metavar="DIR", help="%(default)s")
     add("--opacity", type=float, default=0.6, help="of the classes' colours (default 0.6)")
@@ -113,6 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--set",
+        "--opts",
         dest="overrides",
         action="extend",
         nargs="+",

@@ -17,7 +17,6 @@ import csv
 import importlib.metadata
 import io
 import json
-import logging
 import math
 import sys
 import warnings
@@ -39,7 +38,6 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from contrast_d2.backbones import without_starting_weights
 from contrast_d2.embeddings import (
     PLANE_TITLES,
     PLANES,
@@ -59,8 +57,7 @@ from contrast_d2.embeddings import (
     write_page,
 )
 from contrast_d2.embeddings.page import SCORE_TITLES
-from contrast_d2.engine import Checkpointer, load_config
-from contrast_d2.engine.main import check_classes
+from contrast_d2.engine import check_classes, load_config, load_trained
 from contrast_d2.weights import read_weights
 
 
@@ -199,18 +196,10 @@ def _named_files(weights: Sequence[str]) -> dict[str, str]:
 
 def _tap(cfg: DictConfig, weights: str, layer: str) -> LayerTap:
     """Builds a model, with its projectors where the layer is theirs, and loads its weights."""
-    cfg = cfg.copy()
-    if not is_projection(layer):
-        cfg.model.contrast = None
-    model = instantiate(without_starting_weights(cfg.model)).eval()
-    tap = LayerTap(model, layer)
+    model = load_trained(cfg, weights, keep_contrast=is_projection(layer))
     if is_projection(layer):
         _check_projector(model, weights, layer)
-    # Warns of the contrast's weights, which are left out on purpose; what does not fit is an error.
-    logging.getLogger("fvcore").setLevel(logging.ERROR)
-    Checkpointer(model).load_for_inference(weights)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return tap
+    return LayerTap(model, layer)
 
 
 def _check_projector(model: torch.nn.Module, weights: str, layer: str) -> None:

@@ -20,11 +20,9 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
 # ruff: noqa: E402
 import torch
-from detectron2.config import instantiate
 from torch import Tensor
 
-from contrast_d2.backbones import without_starting_weights
-from contrast_d2.engine import Checkpointer, load_config
+from contrast_d2.engine import load_config, load_trained
 from contrast_d2.engine.checkpoint import write_atomically
 from contrast_d2.export import (
     InferenceModel,
@@ -95,10 +93,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _load(config_file: str, weights: str, overrides: list[str]) -> InferenceModel:
     cfg = load_config(config_file, overrides)
-    cfg.model.contrast = None
-    segmentor = instantiate(without_starting_weights(cfg.model))
-    Checkpointer(segmentor).load_for_inference(weights)
-    return InferenceModel(segmentor)
+    return InferenceModel(load_trained(cfg, weights, device="cpu"))
 
 
 def _runner(kind: str, content: bytes) -> Callable[[Tensor], Tensor]:

@@ -39,7 +39,7 @@ from bench.machine import note  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
 from contrast_d2.engine import Trainer, argument_parser, files, launch  # noqa: E402
-from contrast_d2.engine import main as run_job  # noqa: E402
+from train_net import main as run_job  # noqa: E402
 
 _ITERATIONS = 40
 # The job with all its parts, on a network of 0.4 M weights: a start takes seconds.
@@ -53,7 +53,7 @@ _SMALL = [
     "dataloader.test.num_workers=0",
     "train.clip_norm=5.0",
     f"train.max_iter={_ITERATIONS}",
-    "train.checkpoint_period=2",
+    "train.checkpointer.period=2",
     "train.eval_period=10",
     "train.log_period=3",
 ]
@@ -82,7 +82,8 @@ CASES = {
     "ms_cs, fp16 with scaler, accumulation, weight average, repeat factors, 2 workers": Case(
         "semfpn_r18_ms_cs_demo.py",
         [
-            "train.precision=fp16",
+            "train.amp.enabled=True",
+            "train.amp.dtype=fp16",
             "train.accumulation_steps=2",
             "train.ema_decay=0.9",
             "dataloader.train.repeat_threshold=0.3",

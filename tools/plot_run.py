@@ -19,14 +19,13 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
 # ruff: noqa: E402
 import numpy as np
-import torch
-from detectron2.config import instantiate
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 
-import contrast_d2.data  # noqa: F401  (registers the datasets)
-from contrast_d2.data.labels import LabelMap, load_labels
-from contrast_d2.evaluation.runs import last_scores, load_run_model, read_config, read_metrics
+from contrast_d2.data.labels import load_labels
+from contrast_d2.engine import last_checkpoint
+from contrast_d2.engine.predictor import load_predictor
+from contrast_d2.evaluation.runs import last_scores, read_metrics
 from contrast_d2.visualize import comparison_panel, plot_class_iou, plot_curves
 
 
@@ -97,32 +96,30 @@ def plot_runs(run_dirs: list[Path], num_images: int, output: Path) -> list[str]:
     return [*lines, f"pictures: {output}: {', '.join(sorted(names))}"]
 
 
-@torch.no_grad()
 def plot_predictions(run_dir: Path, num_images: int, output: Path, prefix: str) -> list[str]:
     """Predict test images with a run's newest weights and draw them; returns the file names."""
     if num_images == 0:
         return []
-    model = load_run_model(run_dir).to("cuda" if torch.cuda.is_available() else "cpu")
-    config = read_config(run_dir).dataloader.test
-    loader = instantiate(config)
-    meta = MetadataCatalog.get(config.dataset)
-    label_map = LabelMap.from_metadata(meta)
-    count = len(loader.dataset)
+    predictor = load_predictor(str(run_dir / "config.yaml"), last_checkpoint(str(run_dir)))
+    meta = MetadataCatalog.get(predictor.dataset_name)
+    records = DatasetCatalog.get(predictor.dataset_name)
     names = []
     # Neighbours in a video look alike, so take images that are far apart.
-    for index in np.linspace(0, count - 1, min(num_images, count)).round().astype(int):
-        sample = loader.dataset[int(index)]
-        prediction = model([sample])[0]["sem_seg"].argmax(dim=0).cpu().numpy()
+    count = min(num_images, len(records))
+    for index in np.linspace(0, len(records) - 1, count).round().astype(int):
+        record = records[int(index)]
+        name = str(record.get("image_id") or Path(record["file_name"]).stem)
+        image = read_image(record["file_name"], "RGB")
         figure = comparison_panel(
-            read_image(sample["file_name"], "RGB"),
-            load_labels(sample["sem_seg_file_name"], label_map),
-            prediction,
+            image,
+            load_labels(record["sem_seg_file_name"], predictor.label_map),
+            predictor(image),
             colors=meta.stuff_colors,
             class_names=meta.stuff_classes,
             ignore_label=meta.ignore_label,
-            title=str(sample["image_id"]),
+            title=name,
         )
-        names.append(f"{prefix}{_file_name(str(sample['image_id']))}.png")
+        names.append(f"{prefix}{_file_name(name)}.png")
         figure.savefig(output / names[-1])
     return names
 

@@ -20,5 +20,5 @@ from ..common.train import train
 dataloader.train.total_batch_size = 12
 train.max_iter = 80_000
 train.eval_period = 4000
-train.checkpoint_period = 4000
+train.checkpointer.period = 4000
 train.output_dir = "output/ade20k/fcn_hrnet48_base_80k"

@@ -17,5 +17,5 @@ optimizer.lr = 0.02
 optimizer.weight_decay = 1e-4
 train.max_iter = 160_000
 train.eval_period = 8000
-train.checkpoint_period = 8000
+train.checkpointer.period = 8000
 train.output_dir = "output/ade20k/ocr_hrnet48_base_160k"

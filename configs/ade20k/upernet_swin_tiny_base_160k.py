@@ -23,5 +23,5 @@ from ..common.train import train
 dataloader.inference = _inference
 train.max_iter = 160_000
 train.eval_period = 8000
-train.checkpoint_period = 8000
+train.checkpointer.period = 8000
 train.output_dir = "output/ade20k/upernet_swin_tiny_base_160k"

@@ -14,5 +14,5 @@ dataset.train = "cadis_task1_sem_seg_train"
 dataset.test = "cadis_task1_sem_seg_val"
 train.max_iter = 22_200
 train.eval_period = 888
-train.checkpoint_period = 888
+train.checkpointer.period = 888
 train.output_dir = "output/cadis/ocr_r50_base_task1_50ep"

@@ -22,5 +22,5 @@ model.pixel_mean = [0.0, 0.0, 0.0]
 model.pixel_std = [255.0, 255.0, 255.0]
 train.max_iter = 26_000
 train.eval_period = 1040
-train.checkpoint_period = 1040
+train.checkpointer.period = 1040
 train.output_dir = "output/cadis/ocr_r50_base_task2_50ep"

@@ -12,5 +12,5 @@ dataset.train = "cadis_task3_sem_seg_train"
 dataset.test = "cadis_task3_sem_seg_val"
 train.max_iter = 30_750
 train.eval_period = 1230
-train.checkpoint_period = 1230
+train.checkpointer.period = 1230
 train.output_dir = "output/cadis/ocr_r50_base_task3_50ep"

@@ -21,5 +21,5 @@ optimizer.lr = 1e-3
 optimizer.weight_decay = 1e-4
 train.max_iter = 30_000
 train.eval_period = 1000
-train.checkpoint_period = 1000
+train.checkpointer.period = 1000
 train.output_dir = "output/camvid/fcn_hrnet48_base_30k"

@@ -19,5 +19,5 @@ from ..common.train import train
 
 train.max_iter = 40_000
 train.eval_period = 1000
-train.checkpoint_period = 1000
+train.checkpointer.period = 1000
 train.output_dir = "output/camvid/fcn_hrnet48_base_40k"

@@ -11,5 +11,5 @@ from .fcn_hrnet48_base_40k import dataloader, dataset, lr_multiplier, model, opt
 dataloader.train.total_batch_size = 12
 train.max_iter = 120_000
 train.eval_period = 5000
-train.checkpoint_period = 5000
+train.checkpointer.period = 5000
 train.output_dir = "output/cityscapes/fcn_hrnet48_base_120k"

@@ -19,5 +19,5 @@ from ..common.train import train
 model.seg_loss.main.class_weights = _class_weights
 train.max_iter = 40_000
 train.eval_period = 2000
-train.checkpoint_period = 2000
+train.checkpointer.period = 2000
 train.output_dir = "output/cityscapes/fcn_hrnet48_base_40k"

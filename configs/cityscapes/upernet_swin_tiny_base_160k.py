@@ -16,5 +16,5 @@ from ..common.train import train
 
 train.max_iter = 160_000
 train.eval_period = 8000
-train.checkpoint_period = 8000
+train.checkpointer.period = 8000
 train.output_dir = "output/cityscapes/upernet_swin_tiny_base_160k"

@@ -16,5 +16,5 @@ from .upernet_swin_tiny_base_160k import dataloader, dataset, lr_multiplier, mod
 dataloader.train.total_batch_size = 6
 train.max_iter = 40_000
 train.eval_period = 2000
-train.checkpoint_period = 2000
+train.checkpointer.period = 2000
 train.output_dir = "output/cityscapes/upernet_swin_tiny_base_40k"

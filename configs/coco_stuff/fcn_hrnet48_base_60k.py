@@ -21,5 +21,5 @@ dataloader.train.mapper.augmentations.short_side = None
 dataloader.train.mapper.augmentations.crop_size = (512, 512)
 train.max_iter = 60_000
 train.eval_period = 3000
-train.checkpoint_period = 3000
+train.checkpointer.period = 3000
 train.output_dir = "output/coco_stuff/fcn_hrnet48_base_60k"

@@ -20,5 +20,5 @@ from ..common.train import train
 
 train.max_iter = 60_000
 train.eval_period = 3000
-train.checkpoint_period = 3000
+train.checkpointer.period = 3000
 train.output_dir = "output/coco_stuff/fcn_hrnet48_base_60k_520"

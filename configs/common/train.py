@@ -1,16 +1,31 @@
-"""Settings of the training loop; experiment files change what differs."""
+"""Settings of the training loop; experiment files change what differs.
+
+The first ones are those of detectron2's own `configs/common/train.py`.
+"""
+
+import torch
 
 train = dict(
     output_dir="output",
     # Weights to start from; with --eval-only, those to evaluate.
     init_checkpoint="",
-    # Whether that may be a .pkl file, as detectron2's ImageNet weights are: reading one runs the
-    # code it holds.
-    allow_pickle=False,
     max_iter=6000,
+    # Autocast to "bf16", or to "fp16" with a loss scaler.
+    amp=dict(enabled=False, dtype="bf16"),
+    # Arguments of DistributedDataParallel.
+    ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
+    # In iterations; the last `max_to_keep` checkpoints stay, None keeps all.
+    checkpointer=dict(period=500, max_to_keep=2),
+    # In iterations; 0 evaluates at the end only.
+    eval_period=500,
+    log_period=20,
+    device="cuda" if torch.cuda.is_available() else "cpu",
+    # From here on, ours.
+    # Seed of everything random: order, augmentation, initial weights, sampled pixels.
     seed=0,
-    # "fp32", or mixed precision: "bf16", or "fp16" with a loss scaler.
-    precision="fp32",
+    # Whether init_checkpoint may be a .pkl file, as detectron2's ImageNet weights are: reading one
+    # runs the code it holds.
+    allow_pickle=False,
     # Batches per optimizer step; total_batch_size is divided by it.
     accumulation_steps=1,
     # Largest norm of the gradient; None for no clipping.
@@ -28,12 +43,8 @@ train = dict(
     deterministic=False,
     # Weights and feature maps in the memory format that tensor cores take; results to rounding.
     channels_last=False,
-    # In iterations.
-    checkpoint_period=500,
-    checkpoints_to_keep=2,
-    eval_period=500,
-    log_period=20,
-    # Pictures of what the contrast draws, for TensorBoard and in output_dir/dashboard; 0 for none.
+    # Pictures of what the contrast samples, for TensorBoard and in output_dir/dashboard, every so
+    # many iterations; 0 for none.
     dashboard_period=500,
     # Besides log, metrics.json and TensorBoard: "wandb", "mlflow".
     writers=[],

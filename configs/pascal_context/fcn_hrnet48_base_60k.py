@@ -19,5 +19,5 @@ from ..common.train import train
 
 train.max_iter = 60_000
 train.eval_period = 3000
-train.checkpoint_period = 3000
+train.checkpointer.period = 3000
 train.output_dir = "output/pascal_context/fcn_hrnet48_base_60k"

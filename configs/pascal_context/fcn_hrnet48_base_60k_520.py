@@ -22,5 +22,5 @@ dataloader.train.mapper.augmentations.short_side = 520
 dataloader.train.mapper.augmentations.crop_size = (520, 520)
 train.max_iter = 60_000
 train.eval_period = 3000
-train.checkpoint_period = 3000
+train.checkpointer.period = 3000
 train.output_dir = "output/pascal_context/fcn_hrnet48_base_60k_520"

@@ -25,5 +25,5 @@ from ..common.train import train
 dataloader.inference = _inference
 train.max_iter = 62_000
 train.eval_period = 3100
-train.checkpoint_period = 3100
+train.checkpointer.period = 3100
 train.output_dir = "output/pascal_context/fcn_hrnet48_base_62k"

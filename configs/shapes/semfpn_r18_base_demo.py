@@ -15,5 +15,5 @@ model.sem_seg_head.conv_dims = 64
 optimizer.lr = 2e-3
 train.max_iter = 500
 train.eval_period = 250
-train.checkpoint_period = 250
+train.checkpointer.period = 250
 train.output_dir = "output/shapes/semfpn_r18_base_demo"

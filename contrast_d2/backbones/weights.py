@@ -10,8 +10,10 @@ from typing import Any
 import timm
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from timm.models import load_state_dict
+from timm.models import clean_state_dict
 from torch import Tensor, nn
+
+from ..weights import read_weights
 
 State = dict[str, Tensor]
 
@@ -22,11 +24,11 @@ _STARTING_WEIGHTS = {"pretrained": False, "weights_file": None}
 def load_weights_file(model: nn.Module, name: str, path: str) -> None:
     """Loads a checkpoint of a timm classifier into the model that yields its feature maps.
 
-    The file is one that `torch.save` wrote, or a `.safetensors`: a state dict, or a dict that has
-    one as "state_dict" or "model" (as "state_dict_ema" or "model_ema" too, which are then
-    preferred). No code of the file is run. Weights of the classifier are not used and may be
-    missing; all others must be there, in the model's shapes, and no unknown ones beside them. Names
-    are timm's, or those of the original authors where timm knows how to translate them.
+    The file is one that `read_weights` reads: a state dict, or a dict that has one as "state_dict"
+    or "model" (as "state_dict_ema" or "model_ema" too, which are then preferred). Weights of the
+    classifier are not used and may be missing; all others must be there, in the model's shapes, and
+    no unknown ones beside them. Names are timm's, or those of the original authors where timm knows
+    how to translate them.
 
     Args:
         model: made by timm with `features_only=True`; changed in place.
@@ -80,15 +82,13 @@ def _nodes(config: DictConfig | ListConfig) -> Iterator[DictConfig | ListConfig]
 
 
 def _read(path: str) -> State:
-    try:
-        return load_state_dict(path)
-    except Exception as error:  # whatever the readers of its format raise on a damaged file
-        # The first sentence; another would advise to run the code of the file.
-        reason = (str(error).splitlines() or [type(error).__name__])[0].partition(". ")[0]
-        raise ValueError(
-            f"weights_file={path} cannot be read as a checkpoint ({reason}): give a state dict "
-            "written by torch.save, or a .safetensors file."
-        ) from error
+    """The state dict of a file, without the prefixes of wrappers."""
+    content = read_weights(path)
+    for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    return clean_state_dict(content)
 
 
 def _names_in_classifier(model: nn.Module, known: Collection[str]) -> dict[str, str]:

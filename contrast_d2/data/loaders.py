@@ -62,6 +62,30 @@ class SeededRecords(MappedRecords):
             return super().__getitem__(index)
 
 
+class TrainLoader(DataLoader):
+    """An endless loader of batches that can start at any iteration.
+
+    Args:
+        dataset: takes the keys of the sampler.
+        total_batch_size: images per iteration over all processes and accumulation steps.
+        options: of the `DataLoader`, with a `ResumableTrainingSampler`.
+    """
+
+    sampler: ResumableTrainingSampler
+
+    def __init__(self, dataset: Dataset, *, total_batch_size: int, **options: Any) -> None:
+        super().__init__(dataset, **options)
+        self.total_batch_size = total_batch_size
+
+    def start_at(self, iteration: int) -> None:
+        """Makes the loader begin with the batches of an iteration when it is iterated next.
+
+        Args:
+            iteration: 0 or more.
+        """
+        self.sampler.start = iteration * self.total_batch_size
+
+
 def build_train_loader(
     *,
     dataset: str | Sequence[str],
@@ -69,10 +93,9 @@ def build_train_loader(
     total_batch_size: int,
     seed: int,
     num_workers: int = 2,
-    start_iteration: int = 0,
     accumulation_steps: int = 1,
     repeat_threshold: float | None = None,
-) -> DataLoader:
+) -> TrainLoader:
     """Builds the infinite training loader of this process.
 
     Iteration i consumes the positions ``i * total_batch_size`` up to ``(i + 1) * total_batch_size``
@@ -86,7 +109,6 @@ def build_train_loader(
         total_batch_size: images per iteration over all processes and accumulation steps.
         seed: seed of order and augmentation, not negative.
         num_workers: loading processes per training process; 0 loads in the training process.
-        start_iteration: first iteration to load, not 0 in a resumed run.
         accumulation_steps: micro-batches per iteration.
         repeat_threshold: share of the images; those with a class that fewer images hold come more
             than once an epoch, by `repeat_factors`. None for once each.
@@ -100,11 +122,8 @@ def build_train_loader(
             is unknown, empty, or unlike the others.
     """
     world_size = comm.get_world_size()
-    if accumulation_steps < 1 or start_iteration < 0:
-        raise ValueError(
-            "accumulation_steps must be at least 1 and start_iteration at least 0, got "
-            f"{accumulation_steps} and {start_iteration}"
-        )
+    if accumulation_steps < 1:
+        raise ValueError(f"accumulation_steps={accumulation_steps}: needs at least 1.")
     parts = world_size * accumulation_steps
     if total_batch_size < 1 or total_batch_size % parts:
         raise ValueError(
@@ -114,16 +133,11 @@ def build_train_loader(
     names = [dataset] if isinstance(dataset, str) else list(dataset)
     records = SeededRecords(_load_records(names), mapper, seed)
     factors = None if repeat_threshold is None else repeat_factors(names, repeat_threshold)
-    sampler = ResumableTrainingSampler(
-        len(records),
-        seed=seed,
-        repeat_factors=factors,
-        start=start_iteration * total_batch_size,
-    )
-    return DataLoader(
+    return TrainLoader(
         records,
+        total_batch_size=total_batch_size,
         batch_size=total_batch_size // parts,
-        sampler=sampler,
+        sampler=ResumableTrainingSampler(len(records), seed=seed, repeat_factors=factors),
         num_workers=num_workers,
         collate_fn=trivial_batch_collator,
         generator=torch.Generator(),

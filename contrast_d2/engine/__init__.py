@@ -1,22 +1,45 @@
 """Training and evaluation jobs: config, launch, trainer, checkpoints."""
 
-from .checkpoint import Checkpointer
+from .build import build_evaluation, build_model, build_optimizer, load_trained
+from .checkpoint import Checkpointer, find_resumable, last_checkpoint
+from .checks import check_classes, check_config, check_crop, one_line_errors
 from .config import argument_parser, import_modules, load_config
+from .dashboard import build_dashboard
+from .determinism import compute_deterministically
 from .failures import ProcessFailedError
-from .hooks import BestCheckpointer
+from .hooks import BestCheckpointer, MetricsWriter, PeriodicCheckpointer, WeightAverage
 from .launch import launch
-from .main import main
+from .record import begin_run, open_log, save_inference_weights
 from .trainer import NonFiniteLossError, Trainer
+from .writers import open_writers
 
 __all__ = [
     "BestCheckpointer",
     "Checkpointer",
+    "MetricsWriter",
     "NonFiniteLossError",
+    "PeriodicCheckpointer",
     "ProcessFailedError",
     "Trainer",
+    "WeightAverage",
     "argument_parser",
+    "begin_run",
+    "build_dashboard",
+    "build_evaluation",
+    "build_model",
+    "build_optimizer",
+    "check_classes",
+    "check_config",
+    "check_crop",
+    "compute_deterministically",
+    "find_resumable",
     "import_modules",
+    "last_checkpoint",
     "launch",
     "load_config",
-    "main",
+    "load_trained",
+    "one_line_errors",
+    "open_log",
+    "open_writers",
+    "save_inference_weights",
 ]

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..segmentor import is_training_only
 from ..weights import averaged_weights, read_weights
-from .files import damage_of, write_atomically
+from .files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,25 @@ def find_resumable(folder: str) -> str:
     return path
 
 
+def last_checkpoint(folder: str) -> str:
+    """The path of a run's newest weights, which `last_checkpoint` in its folder names.
+
+    Args:
+        folder: of the run.
+
+    Raises:
+        ValueError: there are none.
+    """
+    last = os.path.join(folder, "last_checkpoint")
+    path = os.path.join(folder, _read_name(last)) if os.path.isfile(last) else ""
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"no weights: {folder} has no checkpoint. Name one with train.init_checkpoint=FILE, or "
+            "the folder of a run with train.output_dir=FOLDER."
+        )
+    return path
+
+
 def training_checkpoints(folder: str) -> list[str]:
     """The paths of the checkpoints in a folder that a training can be resumed from."""
     paths = sorted(glob.glob(os.path.join(glob.escape(folder), "model_*.pth")))
@@ -70,12 +89,14 @@ def _newest_whole(folder: str) -> tuple[str, str]:
     elif candidates:
         problems.append(f"{last} is missing")
     for path in candidates:
-        damage = damage_of(path)
-        if damage is None:
-            if problems:
-                logger.warning("%s: resuming from %s instead.", "; ".join(problems), path)
-            return path, ""
-        problems.append(f"{path} cannot be used, {damage}")
+        try:
+            read_weights(path)
+        except ValueError as error:
+            problems.append(str(error).partition(": give")[0])
+            continue
+        if problems:
+            logger.warning("%s: resuming from %s instead.", "; ".join(problems), path)
+        return path, ""
     if not problems:
         return "", ""
     return "", (
@@ -226,6 +247,9 @@ class Checkpointer(DetectionCheckpointer):
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         shapes = [name for name, *_ in incompatible.incorrect_shapes]
         self._unfit = [*incompatible.missing_keys, *shapes]
+        # What only a training needs is left out of a network for predictions on purpose.
+        unexpected = incompatible.unexpected_keys
+        unexpected[:] = [name for name in unexpected if not is_training_only(name)]
         super()._log_incompatible_keys(incompatible)
 
     def save(self, name: str, *, is_last: bool = True, **extra: Any) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from detectron2.data import MetadataCatalog
@@ -10,39 +12,61 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..data.datasets import check_registered
+from .trainer import NonFiniteLossError
 from .writers import check_writers
+
+logger = logging.getLogger(__name__)
 
 # The least value of each.
 _LEAST = (
     ("max_iter", 1),
     ("accumulation_steps", 1),
-    ("checkpoint_period", 1),
+    ("checkpointer.period", 1),
+    ("checkpointer.max_to_keep", 1),
     ("log_period", 1),
     ("eval_period", 0),
+    ("dashboard_period", 0),
+    ("seed", 0),
 )
 
 
-def check_training(options: DictConfig) -> None:
-    """Checks the settings of the training loop that its parts take unseen.
-
-    Args:
-        options: `train` of a config.
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns what the user can fix into an exit with one line; its traceback goes into the log.
 
     Raises:
-        ValueError: a period, or a number of checkpoints, that is none, or writers that cannot be
-            had.
+        SystemExit: for a mistake in the config, the data or the command line, and for a training
+            that diverges.
     """
+    try:
+        yield
+    except (ValueError, NonFiniteLossError) as error:
+        logger.debug("stopped by:", exc_info=True)
+        text = str(error).strip()
+        if "Original Traceback" in text:  # in which a data worker wraps its own
+            text = text.splitlines()[-1].removeprefix(f"{type(error).__name__}: ")
+        raise SystemExit(f"error: {text}") from error
+
+
+def check_config(cfg: DictConfig, *, training: bool) -> None:
+    """Checks what no part of an experiment can check by itself.
+
+    Args:
+        cfg: whole config.
+        training: whether a training follows, not only an evaluation.
+
+    Raises:
+        ValueError: class counts that differ, an unknown dataset, a number that is too small, or a
+            tracker that is not installed.
+    """
+    check_classes(cfg)
+    if not training:
+        return
     for name, least in _LEAST:
-        if options[name] < least:
-            raise ValueError(f"train.{name}={options[name]}: needs at least {least}.")
-    if options.get("dashboard_period", 0) < 0:  # which configs saved by earlier versions lack
-        raise ValueError(
-            f"train.dashboard_period={options.dashboard_period}: needs 0 (none) or more iterations."
-        )
-    check_writers(options.get("writers", []))
-    keep = options.checkpoints_to_keep
-    if keep is not None and keep < 1:
-        raise ValueError(f"train.checkpoints_to_keep={keep}: needs at least 1, or None for all.")
+        value = OmegaConf.select(cfg.train, name)
+        if value is not None and value < least:
+            raise ValueError(f"train.{name}={value}: needs at least {least}.")
+    check_writers(cfg.train.writers)
 
 
 def check_classes(cfg: DictConfig) -> None:
@@ -83,16 +107,17 @@ def _class_counts(node: Any, path: str) -> Iterator[tuple[str, int]]:
             yield from _class_counts(node[name], f"{path}{name}.")
 
 
-def check_crop(crop_size: Sequence[int] | None, model: nn.Module) -> None:
+def check_crop(cfg: DictConfig, model: nn.Module) -> None:
     """Compares the crops of the training with the strides of the backbone.
 
     Args:
-        crop_size: (height, width); None where there are no crops.
+        cfg: whole config.
         model: with a `backbone`.
 
     Raises:
         ValueError: a crop has less than a pixel on the coarsest feature map.
     """
+    crop_size = OmegaConf.select(cfg, "dataloader.train.mapper.augmentations.crop_size")
     strides = {name: shape.stride for name, shape in model.backbone.output_shape().items()}  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     coarsest = max(strides, key=strides.__getitem__)
     if crop_size is not None and min(crop_size) < strides[coarsest]:

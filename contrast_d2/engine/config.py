@@ -19,7 +19,6 @@ from detectron2.engine import default_argument_parser
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import locate
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
@@ -103,8 +102,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> DictConfig:
     if path.endswith((".yaml", ".yml")) and _is_yacs(path):
         return tree_from_yacs(load_yacs(path, overrides))
     cfg = _load_saved(path) if path.endswith((".yaml", ".yml")) else _load_lazy(path)
-    for override in _parse(overrides):
-        _apply(cfg, override)
+    for text in overrides:
+        _apply(cfg, text)
     check_value_types(cfg)
     return cfg
 
@@ -205,31 +204,26 @@ def _yacs_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
             yield from _yacs_keys(value, f"{prefix}{key}.")
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
-    parser = OverridesParser.create()
-    parsed = []
-    for text in overrides:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"cannot read the override {text!r} ({reason}): write key=value, and quote values "
-                "with special characters, key='\"value\"'."
-            ) from error
-        if override.type is None or override.is_delete() or override.is_sweep_override():
-            raise ValueError(f"the override {text!r} is not of the form key=value.")
-        parsed.append(override)
-    return parsed
-
-
-def _apply(cfg: DictConfig, override: Override) -> None:
+def _apply(cfg: DictConfig, text: str) -> None:
+    """Applies an override as detectron2 does, after a check of its key and its value."""
+    try:
+        override = OverridesParser.create().parse_override(text)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"cannot read the override {text!r} ({reason}): write key=value, and quote values with "
+            "special characters, key='\"value\"'."
+        ) from error
+    if override.type is None or override.is_delete() or override.is_sweep_override():
+        raise ValueError(f"the override {text!r} is not of the form key=value.")
     key, value = override.key_or_group, override.value()
     if value == "None":  # hydra's grammar knows null only
-        value = None
+        text, value = f"{key}=null", None
     _check_key(cfg, key)
     check_replacement(key, OmegaConf.select(cfg, key, throw_on_missing=False), value)
-    OmegaConf.update(cfg, key, value, merge=True, force_add=True)
+    if isinstance(value, dict):  # takes the place of what is there, where a merge would keep that
+        OmegaConf.update(cfg, key, {}, merge=False)
+    LazyConfig.apply_overrides(cfg, [text])
 
 
 def _check_key(cfg: DictConfig, key: str) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
+from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import nn
 
@@ -119,3 +121,24 @@ class Dashboard(HookBase):
         self.trainer.storage.put_image(f"dashboard/{name}", picture.transpose(2, 0, 1))
         path = os.path.join(self._folder, name.replace("/", "_") + ".png")
         write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="png"))
+
+
+def build_dashboard(cfg: DictConfig, model: nn.Module) -> Dashboard | None:
+    """Builds the hook that shows what the contrast does; None without contrast, or if unwanted.
+
+    Args:
+        cfg: whole config.
+        model: a `ContrastiveSegmentor`.
+    """
+    contrast: Any = getattr(model, "contrast", None)
+    if cfg.train.dashboard_period == 0 or contrast is None:
+        return None
+    train_sets = cfg.dataset.train
+    name = train_sets if isinstance(train_sets, str) else train_sets[0]
+    return Dashboard(
+        contrast,
+        cfg.train.dashboard_period,
+        cfg.train.output_dir,
+        MetadataCatalog.get(name).stuff_classes,
+        image_format=OmegaConf.select(cfg, "dataloader.train.mapper.image_format") or "RGB",
+    )

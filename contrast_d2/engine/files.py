@@ -6,12 +6,9 @@ import errno
 import json
 import logging
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any
-
-import torch
 
 logger = logging.getLogger(__name__)
 
@@ -65,32 +62,6 @@ def stop_when_disk_is_full(path: str) -> Iterator[None]:
                 "is whole: make room, then continue with --resume."
             ) from error
         raise
-
-
-def damage_of(path: str) -> str | None:
-    """What is wrong with a file of `torch.save`, or None if nothing is.
-
-    The file is a zip archive with a checksum per tensor. `torch.load` does not look at them, and
-    takes a flipped bit for a weight: here all of the file is read once more, at the disk's pace.
-
-    Args:
-        path: of the file.
-    """
-    if not os.path.isfile(path):
-        return "there is no such file"
-    if os.path.getsize(path) == 0:
-        return "it is empty"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
-        if broken is None:
-            # torch heeds entries of the archive's directory that zipfile does not. Mapped into
-            # memory, the weights themselves are not read.
-            torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged archive makes its readers raise errors of many kinds
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        return f"it is cut short or damaged, {type(error).__name__}: {reason}"
-    return f"its part {broken} fails its checksum" if broken else None
 
 
 def keep_metrics_until(path: str, iteration: int) -> None:

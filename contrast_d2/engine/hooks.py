@@ -1,4 +1,4 @@
-"""Hooks that detectron2 has not."""
+"""Training hooks missing from detectron2."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..segmentor import inference_state_dict
-from .checkpoint import Checkpointer
+from .checkpoint import Checkpointer, training_checkpoints
 from .files import keep_metrics_until, stop_when_disk_is_full
 
 # Over so many values detectron2's writers take a scalar's median.
@@ -26,6 +26,18 @@ _WINDOW = 20
 _TIMES = ("time", "data_time", "eta_seconds")
 
 logger = logging.getLogger(__name__)
+
+
+class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
+    """detectron2's hook, which on a resume also counts the checkpoints that the run has already."""
+
+    def before_train(self) -> None:
+        super().before_train()
+        # Later ones, which a kill can leave before `last_checkpoint` names them, come again.
+        done = f"model_{self.trainer.start_iter - 1:07d}.pth"
+        folder: str = self.checkpointer.save_dir
+        numbered = [path for path in training_checkpoints(folder) if "final" not in path[-9:]]
+        self.recent_checkpoints = [p for p in numbered if os.path.basename(p) <= done]
 
 
 class BestCheckpointer(HookBase):

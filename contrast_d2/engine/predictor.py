@@ -16,13 +16,12 @@ from detectron2.data import transforms as T
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
-from ..backbones import without_starting_weights
 from ..data import SemSegMapper
 from ..data.classes import distinct_colors
 from ..data.datasets import check_registered
 from ..data.labels import LabelMap
 from ..evaluation import InferenceProtocol
-from .checkpoint import Checkpointer
+from .build import load_trained
 from .config import load_config
 
 
@@ -82,7 +81,7 @@ def load_predictor(
 
     Args:
         config_file: an experiment file, or the config.yaml of a run.
-        weights: a checkpoint, of the training or of its end.
+        weights: a checkpoint, of the training or of its end; "" for `train.init_checkpoint`.
         overrides: changes to the config, as `load_config` takes them.
         device: "cuda", "cuda:1", "cpu"; None takes a GPU where there is one.
 
@@ -90,36 +89,15 @@ def load_predictor(
         ValueError: a file is missing or does not fit the others, the dataset is not registered or
             has another number of classes, or there is no such device.
     """
-    place = checked_device(device)
     cfg = load_config(config_file, overrides)
     name, mapper = _test_data(cfg, config_file)
-    cfg.model = without_starting_weights(cfg.model)
-    if "contrast" in cfg.model:
-        cfg.model.contrast = None
+    weights = weights or OmegaConf.select(cfg, "train.init_checkpoint")
+    if not weights:
+        raise ValueError("no weights: name a checkpoint, here or as train.init_checkpoint.")
     protocol: Any = (
         instantiate(OmegaConf.select(cfg, "dataloader.inference")) or InferenceProtocol()
     )
-    model: Any = instantiate(cfg.model)
-    allow_pickle = bool(OmegaConf.select(cfg, "train.allow_pickle"))
-    Checkpointer(model, allow_pickle=allow_pickle).load_for_inference(weights)
-    return Predictor(protocol(model.to(place).eval()).eval(), mapper, name)
-
-
-def checked_device(name: str | None) -> torch.device:
-    """The device of a name, or a GPU where there is one if it is None.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"device {name} cannot be used ({reason}): try cpu.") from error
-    return device
+    return Predictor(protocol(load_trained(cfg, weights, device=device)).eval(), mapper, name)
 
 
 def _test_data(cfg: DictConfig, config_file: str) -> tuple[str, SemSegMapper]:

@@ -1,8 +1,13 @@
-"""A note of what produced a run, beside its results."""
+"""What a run leaves in its folder beside its results: the log, its config, what produced it."""
 
 from __future__ import annotations
 
+import argparse
+import glob
+import importlib.metadata
 import json
+import logging
+import os
 import platform
 import shlex
 import subprocess
@@ -12,7 +17,85 @@ from pathlib import Path
 import detectron2
 import timm
 import torch
+from detectron2.config import LazyConfig
 from detectron2.utils import comm
+from detectron2.utils.collect_env import collect_env_info
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import setup_logger
+from omegaconf import DictConfig
+from torch import nn
+
+from .. import __version__
+from ..segmentor import inference_state_dict
+from .checkpoint import training_checkpoints
+from .files import stop_when_disk_is_full, write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+def open_log(output_dir: str, args: argparse.Namespace) -> None:
+    """Makes the folder of a run, and opens and begins the log in it.
+
+    detectron2's `default_setup` also overwrites the folder's config.yaml, which here waits until
+    everything that can be wrong with an experiment has been checked: see `begin_run`.
+
+    Args:
+        output_dir: `train.output_dir`.
+        args: of the command line.
+
+    Raises:
+        ValueError: the folder cannot be made, or cannot be written to.
+    """
+    if comm.is_main_process():
+        try:
+            PathManager.mkdirs(output_dir)
+        except OSError as error:
+            raise ValueError(f"train.output_dir={output_dir} cannot be made: {error}.") from error
+        if not (os.path.isdir(output_dir) and os.access(output_dir, os.W_OK)):
+            raise ValueError(
+                f"train.output_dir={output_dir} cannot be written: name a folder of your own."
+            )
+    comm.synchronize()
+    rank = comm.get_rank()
+    # Lines that do not fit on a full disk are lost; their tracebacks would hide the error's own.
+    logging.raiseExceptions = False
+    setup_logger(output_dir, distributed_rank=rank, name="fvcore")
+    setup_logger(output_dir, distributed_rank=rank, name="contrast_d2", abbrev_name="c_d2")
+    setup_logger(output_dir, distributed_rank=rank)
+    for name in ("fvcore", "contrast_d2", "detectron2"):
+        for handler in logging.getLogger(name).handlers:
+            if getattr(handler, "stream", None) is sys.stdout:
+                handler.setLevel(logging.INFO)  # details go to the file
+    logger.info("Rank of current process: %d. World size: %d", rank, comm.get_world_size())
+    logger.info("Environment:\n%s", collect_env_info())
+    logger.info("Command line: %s", args)
+
+
+def begin_run(cfg: DictConfig, *, resumed: bool) -> None:
+    """Prepares the folder for a training: config.yaml, run.json, nothing of an earlier run.
+
+    Args:
+        cfg: whole config.
+        resumed: whether the training continues one of this folder.
+    """
+    output_dir = cfg.train.output_dir
+    # What a killed run left under temporary names.
+    for path in glob.glob(os.path.join(glob.escape(output_dir), "*.tmp")):
+        os.unlink(path)
+    if not resumed:
+        _put_earlier_run_aside(output_dir)
+    with stop_when_disk_is_full(output_dir):
+        LazyConfig.save(cfg, os.path.join(output_dir, "config.yaml"))
+        if not resumed:
+            record_run(output_dir)
+
+
+def save_inference_weights(model: nn.Module, output_dir: str) -> None:
+    """Writes `model_inference.pth`: the weights without those of the contrast method."""
+    path = os.path.join(output_dir, "model_inference.pth")
+    state = {"model": inference_state_dict(model)}
+    write_atomically(path, lambda file: torch.save(state, file))
+    logger.info("Weights without the contrast method: %s", path)
 
 
 def record_run(output_dir: str) -> None:
@@ -24,10 +107,11 @@ def record_run(output_dir: str) -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     note = {
         "command": shlex.join(["python", *sys.argv]),
+        "contrast_d2": __version__,
         "commit": commit_of(Path(__file__)),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "detectron2": detectron2.__version__,
+        "detectron2": detectron2_version(),
         "timm": timm.__version__,
         "device": gpu or platform.machine() + " CPU",
         "processes": comm.get_world_size(),
@@ -36,10 +120,27 @@ def record_run(output_dir: str) -> None:
     Path(output_dir, "run.json").write_text(json.dumps(note, indent=2) + "\n")
 
 
+def detectron2_version() -> str:
+    """The version of detectron2, with the commit where it is not a release.
+
+    Its main branch calls itself 0.6 as well: the commit is known of a checkout, and of what pip
+    has installed from a repository.
+    """
+    commit = commit_of(Path(detectron2.__file__))
+    version = detectron2.__version__
+    try:
+        distribution = importlib.metadata.distribution("detectron2")
+    except importlib.metadata.PackageNotFoundError:  # a folder on the import path
+        return f"{version} at {commit}" if commit else version
+    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    commit = origin.get("vcs_info", {}).get("commit_id") or commit
+    return f"{distribution.version} at {commit}" if commit else distribution.version
+
+
 def commit_of(file: Path) -> str | None:
     """The git commit that a file is of, with "-dirty" if tracked files have changed since.
 
-    None where the file is not under version control, or git is not there.
+    None where the file is not under version control, or git is missing.
     """
     commands = (
         ["git", "ls-files", "--error-unmatch", file.name],
@@ -56,3 +157,16 @@ def commit_of(file: Path) -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("-dirty" if changes else "")
+
+
+def _put_earlier_run_aside(output_dir: str) -> None:
+    """Renames what another run has left in the folder, for a `--resume` not to continue that one.
+
+    `model_best.pth` and `model_inference.pth` stay until the new run writes its own.
+    """
+    names = [os.path.join(output_dir, name) for name in ("metrics.json", "last_checkpoint")]
+    paths = [*filter(os.path.exists, names), *training_checkpoints(output_dir)]
+    for path in paths:
+        os.replace(path, path + ".old")
+    if paths:
+        logger.warning("of an earlier run, and now ending in .old: %s", ", ".join(paths))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,12 @@ from fvcore.common.history_buffer import HistoryBuffer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-Precision = Literal["fp32", "bf16", "fp16"]
 Batch = list[dict[str, Any]]
 
 # Values of a metric; the log's estimate of the remaining time looks back so far.
 _REMEMBERED = 1000
 
-_AUTOCAST_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+_AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -35,17 +34,16 @@ class Trainer(TrainerBase):
     """Trains a model whose forward returns a dict of losses, which are summed.
 
     A step depends on nothing but the weights, the state of the optimizer and the number of the
-    iteration: random numbers are seeded anew from (seed, iteration, rank) at each step, and the
-    data are asked for from the iteration on. That is what makes a resumed run continue exactly.
+    iteration: random numbers are seeded anew from (seed, iteration, rank) at each step. With a
+    data loader that starts at the iteration, a resumed run therefore continues exactly.
 
     Args:
         model: batch -> losses by name; may be wrapped in DistributedDataParallel. The 0-dim tensors
             by name that it leaves in an attribute `statistics`, if it has one, are logged.
+        data_loader: this process's batches, `accumulation_steps` of them per iteration.
         optimizer: of the model's parameters.
-        build_loader: start iteration -> iterable of this process's batches from there on,
-            `accumulation_steps` of them per iteration.
         seed: 0 or more.
-        precision: "fp32", or autocast to "bf16" or "fp16", the latter with a loss scaler.
+        amp_dtype: autocast to "bf16" or "fp16", the latter with a loss scaler; None for fp32.
         accumulation_steps: batches whose gradients are averaged for one optimizer step.
         clip_norm: largest 2-norm of the gradient; None for no clipping.
 
@@ -59,20 +57,20 @@ class Trainer(TrainerBase):
     def __init__(
         self,
         model: nn.Module,
+        data_loader: Iterable[Batch],
         optimizer: torch.optim.Optimizer,
-        build_loader: Callable[[int], Iterable[Batch]],
         *,
         seed: int,
-        precision: Precision = "fp32",
+        amp_dtype: str | None = None,
         accumulation_steps: int = 1,
         clip_norm: float | None = None,
     ) -> None:
         super().__init__()
         if seed < 0:
             raise ValueError(f"train.seed={seed}: needs 0 or more, so that a run can be repeated.")
-        if precision not in _AUTOCAST_DTYPES:
+        if amp_dtype is not None and amp_dtype not in _AUTOCAST_DTYPES:
             raise ValueError(
-                f"train.precision={precision!r}: choose one of {sorted(_AUTOCAST_DTYPES)}."
+                f"train.amp.dtype={amp_dtype!r}: choose one of {sorted(_AUTOCAST_DTYPES)}."
             )
         if accumulation_steps < 1:
             raise ValueError(f"train.accumulation_steps={accumulation_steps}: needs at least 1.")
@@ -82,21 +80,21 @@ class Trainer(TrainerBase):
             )
         model.train()
         self.model = model
+        self.data_loader = data_loader
         self.optimizer = optimizer
         self.seed = seed
         self.clip_norm = clip_norm
         self.accumulation_steps = accumulation_steps
         self.last_batch: Batch = []
-        self._build_loader = build_loader
         self._device = next(model.parameters()).device
-        self._dtype = _AUTOCAST_DTYPES[precision]
-        self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
+        self._dtype = None if amp_dtype is None else _AUTOCAST_DTYPES[amp_dtype]
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=amp_dtype == "fp16")
 
     def train(self, start_iter: int, max_iter: int) -> None:
         """Trains from iteration `start_iter` up to, and without, `max_iter`."""
-        # Out of detectron2's loop, which logs a traceback for what goes wrong in it: data that
-        # cannot be loaded are the user's to mend.
-        self._batches = iter(self._build_loader(start_iter))
+        # Outside of detectron2's loop, which logs a traceback for what goes wrong in it: data that
+        # cannot be loaded are for the user to fix.
+        self._batches = iter(self.data_loader)
         loop_logger = logging.getLogger(TrainerBase.__module__)
         loop_logger.addFilter(_tells_a_defect)
         try:
@@ -236,9 +234,9 @@ class Trainer(TrainerBase):
                 "weights are touched.",
                 *rows,
                 f"  images: {images}",
-                f"  learning rate {rates}, precision {self._dtype or torch.float32}",
+                f"  learning rate {rates}, {self._dtype or torch.float32}",
                 "Look at these images and their labels; if they are sound, lower optimizer.lr, set "
-                "train.clip_norm, or use train.precision=fp32.",
+                "train.clip_norm, or switch train.amp.enabled off.",
             ]
         )
 
@@ -265,7 +263,7 @@ class Trainer(TrainerBase):
         if bool(state_dict["scaler"]) != self._scaler.is_enabled():
             raise ValueError(
                 f"the run to resume was trained {'with' if state_dict['scaler'] else 'without'} "
-                "train.precision=fp16, whose loss scaler is part of its state: resume so."
+                "train.amp.dtype=fp16, whose loss scaler is part of its state: resume so."
             )
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])

@@ -121,7 +121,8 @@ def _fits_kind(value: Any, kind: Any) -> bool:
 
 def _fit_items(values: Any, kind: Any) -> bool:
     items = get_args(kind)
-    if get_origin(kind) is tuple and items and items[-1] is not Ellipsis:
+    # detectron2 writes Tuple[float] for any number of them.
+    if get_origin(kind) is tuple and len(items) > 1 and items[-1] is not Ellipsis:
         if len(values) != len(items):
             return False
         return all(_fits(value, item) for value, item in zip(values, items, strict=True))

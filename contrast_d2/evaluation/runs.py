@@ -1,4 +1,4 @@
-"""What a training run leaves in its folder: metrics, scores, configuration and weights."""
+"""What a training run leaves in its folder: metrics, scores and configuration."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
-from detectron2.config import instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from torch import nn
-
-from ..weights import averaged_weights, read_weights
+from omegaconf import DictConfig, OmegaConf
 
 Metrics = dict[int, dict[str, float]]
 
@@ -122,59 +118,6 @@ def read_config(run_dir: str | Path) -> DictConfig:
         if OmegaConf.select(config, key) is None:
             raise ValueError(f"{path} has no {key}; it is not the config of a training run")
     return config
-
-
-def last_checkpoint(run_dir: str | Path) -> Path:
-    """Find the newest weights of a run: what `last_checkpoint` names, else model_final.pth.
-
-    Raises:
-        ValueError: there are none.
-    """
-    run_dir = Path(run_dir)
-    pointer = run_dir / "last_checkpoint"
-    name = pointer.read_text().strip() if pointer.is_file() else "model_final.pth"
-    if not (run_dir / name).is_file():
-        raise ValueError(f"{run_dir} has no checkpoint ({name} does not exist)")
-    return run_dir / name
-
-
-def load_run_model(run_dir: str | Path) -> nn.Module:
-    """Build the model of a run with its newest weights, in evaluation mode, on the CPU.
-
-    Those are averaged ones where the training averaged them.
-
-    Raises:
-        ValueError: config or checkpoint are missing, unreadable, or do not fit each other.
-    """
-    config = read_config(run_dir).model
-    _disable_pretrained(config)
-    path = last_checkpoint(run_dir)
-    checkpoint = read_weights(path)
-    state = checkpoint.get("model")
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} is not a checkpoint of a run: it has no weights as 'model'")
-    model = instantiate(config)
-    try:
-        model.load_state_dict({**state, **averaged_weights(checkpoint)})
-    except RuntimeError as error:
-        mismatch = " ".join(str(error).split())[:300]
-        raise ValueError(f"{path} does not fit the model of config.yaml: {mismatch}") from error
-    return model.eval()
-
-
-def _disable_pretrained(config: DictConfig | ListConfig) -> None:
-    """Keep constructors from downloading weights that the checkpoint replaces anyway."""
-    for node in _nodes(config):
-        if isinstance(node, DictConfig) and node.get("pretrained"):
-            node.pretrained = False
-
-
-def _nodes(config: DictConfig | ListConfig) -> Iterator[DictConfig | ListConfig]:
-    yield config
-    keys = config if isinstance(config, DictConfig) else range(len(config))
-    for key in keys:
-        if OmegaConf.is_config(config[key]):  # pyright: ignore[reportArgumentType]
-            yield from _nodes(config[key])  # pyright: ignore[reportArgumentType]
 
 
 def last_scores(run_dir: str | Path, metrics: Metrics) -> RunScores | None:

@@ -62,9 +62,8 @@ def test_the_loader_holds_no_object_per_entry(monkeypatch: pytest.MonkeyPatch) -
     assert MetadataCatalog.get("many").ignore_label == 255
     gc.collect()
     before = sys.getallocatedblocks()
-    loader = build_train_loader(
-        dataset="many", mapper=lambda r: r, total_batch_size=4, seed=0, start_iteration=1000
-    )
+    loader = build_train_loader(dataset="many", mapper=lambda r: r, total_batch_size=4, seed=0)
+    loader.start_at(1000)
     gc.collect()
     assert sys.getallocatedblocks() - before < 10_000
     assert len(loader.dataset) == 50_000

@@ -33,9 +33,11 @@ def loader(dataset=TRAIN, total_batch_size=TOTAL, seed=0, num_workers=0, **argum
     )
 
 
-def samples(batches, **arguments):
-    """The samples of the first batches, in order."""
-    return [s for batch in itertools.islice(loader(**arguments), batches) for s in batch]
+def samples(batches, start=0, **arguments):
+    """The samples of the batches from an iteration on, in order."""
+    found = loader(**arguments)
+    found.start_at(start)
+    return [s for batch in itertools.islice(found, batches) for s in batch]
 
 
 def assert_same(first, second):
@@ -60,10 +62,8 @@ def test_accumulation_changes_nothing(reference):
 
 
 @pytest.mark.parametrize("start", [1, 3])
-def test_start_iteration_continues(reference, start):
-    assert_same(
-        samples(4 - start, start_iteration=start, num_workers=2), reference[TOTAL * start :]
-    )
+def test_a_later_start_continues(reference, start):
+    assert_same(samples(4 - start, start, num_workers=2), reference[TOTAL * start :])
 
 
 def test_rare_classes_are_repeated_and_a_resumed_run_continues():
@@ -74,8 +74,9 @@ def test_rare_classes_are_repeated_and_a_resumed_run_continues():
     epoch = sampler.epoch_indices(0)
     assert len(epoch) == pytest.approx(factors.sum(), rel=0.1)
     whole = [index for _, index in itertools.islice(sampler, 640)]
-    resumed = loader(start_iteration=3, **threshold).sampler
-    assert [index for _, index in itertools.islice(resumed, 256)] == whole[384:]
+    resumed = loader(**threshold)
+    resumed.start_at(3)
+    assert [index for _, index in itertools.islice(resumed.sampler, 256)] == whole[384:]
     with pytest.raises(ValueError, match="repeat_threshold=2"):
         loader(repeat_threshold=2)
 
@@ -164,7 +165,6 @@ def test_data_errors_reach_the_caller(num_workers):
         ({"total_batch_size": 10, "accumulation_steps": 4}, "total_batch_size 10 .* multiple of 4"),
         ({"total_batch_size": 0}, "total_batch_size 0"),
         ({"accumulation_steps": 0}, "accumulation_steps"),
-        ({"start_iteration": -1}, "start_iteration.*-1"),
         ({"seed": -1}, "seed.*-1"),
         ({"dataset": "shapes_sem_seg_tran"}, "'shapes_sem_seg_tran'.*shapes_sem_seg_train"),
         ({"dataset": []}, "at least one"),

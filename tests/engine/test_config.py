@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from detectron2.config import LazyConfig, instantiate
 
+from contrast_d2 import get_config
 from contrast_d2.engine import argument_parser, import_modules, load_config
 
 YAML = str(Path(__file__).parents[2] / "configs/camvid/semfpn_r18_base_6k.yaml")
@@ -189,3 +190,30 @@ def test_modules_that_are_not_there_are_told(folder: Path) -> None:
     (folder / "broken.py").write_text("import no_such_library\n")
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):  # its own mistake
         import_modules(["broken"])
+
+
+def test_a_dict_takes_the_place_of_a_dict() -> None:
+    cfg = load_config(CONFIG, ["model.contrast.scale_weights={}"])
+    assert cfg.model.contrast.scale_weights == {}
+    cfg = load_config(CONFIG, ["model.contrast.scale_weights={res3:0.5}"])
+    assert cfg.model.contrast.scale_weights == {"res3": 0.5}
+
+
+def test_an_experiment_anywhere_builds_on_one_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from contrast_d2 import get_config\n"
+        "_base = get_config('shapes/semfpn_r18_ms_cs_demo.py')\n"
+        "dataloader, dataset, model = _base.dataloader, _base.dataset, _base.model\n"
+        "lr_multiplier, optimizer, train = _base.lr_multiplier, _base.optimizer, _base.train\n"
+        "model.contrast.temperature = 0.3\n"
+        "train.output_dir = 'output/mine'\n"
+    )
+    cfg = load_config(str(path), ["train.max_iter=5"])
+    expected = load_config(CONFIG, ["train.max_iter=5", "train.output_dir=output/mine"])
+    expected.model.contrast.temperature = 0.3
+    assert cfg == expected
+    # Interpolations are of the whole config that they are now in.
+    assert cfg.dataloader.evaluator.output_dir == "output/mine/inference/shapes_sem_seg_val"
+    with pytest.raises(ValueError, match="no experiment file .*Did you mean 'camvid/semfpn_r18_b"):
+        get_config("camvid/semfpn_r18_bas_6k.py")

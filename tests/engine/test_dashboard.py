@@ -25,8 +25,8 @@ from ..tiny import NUM_CLASSES, tiny_contrast, tiny_segmentor
 NAMES = [f"class {k}" for k in range(NUM_CLASSES)]
 
 
-def batches(start: int) -> Iterator[list[dict[str, Any]]]:
-    for i in itertools.count(start):
+def batches() -> Iterator[list[dict[str, Any]]]:
+    for i in itertools.count():
         generator = torch.Generator().manual_seed(i)
         yield [
             {
@@ -45,7 +45,7 @@ def train(
 ) -> Trainer:
     model = tiny_segmentor(contrast)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = Trainer(model, optimizer, batches, seed=0, **options)
+    trainer = Trainer(model, batches(), optimizer, seed=0, **options)
     if period:
         trainer.register_hooks([Dashboard(contrast, period, str(folder), NAMES)])
     writer = MetricsWriter(lambda: [TensorboardXWriter(str(folder))], 1, str(folder))
@@ -116,7 +116,7 @@ def test_the_last_batch_of_the_step_is_shown(
         assert row.histogram_value.sum == pytest.approx(values.sum(), rel=1e-3)
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulation_steps": 2}, {"precision": "bf16"}])
+@pytest.mark.parametrize("options", [{}, {"accumulation_steps": 2}, {"amp_dtype": "bf16"}])
 def test_a_training_is_the_same_with_it(tmp_path: Path, options: dict[str, Any]) -> None:
     weights = []
     for period in (None, 1):
@@ -177,10 +177,10 @@ def test_images_are_shown_in_rgb(
     contrast = tiny_contrast()
     model = tiny_segmentor(contrast)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = Trainer(model, optimizer, batches, seed=0)
+    trainer = Trainer(model, batches(), optimizer, seed=0)
     trainer.register_hooks([Dashboard(contrast, 1, str(tmp_path), NAMES, image_format)])
     trainer.train(0, 1)
     images, names = shown[0]
-    expected = next(batches(0))[0]["image"].permute(1, 2, 0).numpy()
+    expected = next(batches())[0]["image"].permute(1, 2, 0).numpy()
     assert np.array_equal(images[0], expected if image_format == "RGB" else expected[..., ::-1])
     assert names == ["image_0_0", "image_0_1"]

@@ -138,7 +138,6 @@ def train(folder: Path, state: dict[str, Any] | None, stop_at: int | None) -> di
         The state that it was killed in.
     """
     trainer = make(2)
-    trainer._build_loader = lambda start: itertools.islice(images(2), start, None)
     path = str(folder / "metrics.json")
     kill = Kill(stop_at)
     writer = MetricsWriter(lambda: [JSONWriter(path)], 5, str(folder))
@@ -146,8 +145,10 @@ def train(folder: Path, state: dict[str, Any] | None, stop_at: int | None) -> di
     if state:
         trainer.model.load_state_dict(state["model"])
         trainer.load_state_dict(state["trainer"])
+    start = trainer.iter + 1 if state else 0
+    trainer.data_loader = itertools.islice(images(2), start, None)
     try:
-        trainer.train(trainer.iter + 1 if state else 0, LENGTH)
+        trainer.train(start, LENGTH)
     except KeyboardInterrupt:
         with open(path, "a") as file:
             file.write('{"iteration": 99')  # a torn row

@@ -109,11 +109,14 @@ OVERRIDES = [
     ("dataset.train=nope", "Dataset 'nope' is not registered"),
     # The training loop.
     ("train.max_iter=0", "train.max_iter=0: needs at least 1."),
-    ("train.checkpoint_period=0", "train.checkpoint_period=0: needs at least 1."),
-    ("train.checkpoints_to_keep=0", "train.checkpoints_to_keep=0: needs at least 1, or None"),
+    ("train.checkpointer.period=0", "train.checkpointer.period=0: needs at least 1."),
+    (
+        "train.checkpointer.max_to_keep=0",
+        "train.checkpointer.max_to_keep=0: needs at least 1.",
+    ),
     ("train.eval_period=-1", "train.eval_period=-1: needs at least 0."),
     ("train.log_period=0", "train.log_period=0: needs at least 1."),
-    ("train.precision=fp8", "train.precision='fp8': choose one of ['bf16', 'fp16', 'fp32']."),
+    ("train.amp={enabled:True,dtype:fp8}", "train.amp.dtype='fp8': choose one of ['bf16', 'fp16']"),
     ("train.accumulation_steps=0", "train.accumulation_steps=0: needs at least 1."),
     ("train.accumulation_steps=3", "total_batch_size 8 must be a positive multiple of 3"),
     ("train.clip_norm=-1", "train.clip_norm=-1: must be above 0, or None for no clipping."),
@@ -167,7 +170,7 @@ FLAGS = [
     (["--num-machines", "2"], 1, "--dist-url auto finds a port on one machine only"),
     (["--num-machines", "2", "--dist-url", "bogus"], 1, "--dist-url bogus: write tcp://HOST:PORT"),
     (["--import", "nope.py"], 1, "--import nope.py: there is no such module"),
-    (["--eval-only"], 1, "nothing to evaluate: "),
+    (["--eval-only"], 1, "no weights: "),
     (["--num-gpus", "x"], 2, "argument --num-gpus: invalid int value: 'x'"),
     (["--no-such-flag"], 2, "unrecognized arguments: --no-such-flag"),
 ]
@@ -238,6 +241,11 @@ def make_weights(path: Path) -> None:
         torch.save([1, 2], path)
     elif path.suffix == ".safetensors":
         path.write_text("no header")
+    elif path.stem == "flipped":
+        torch.save(whole, path)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
     else:
         torch.save(whole, path)
         if path.stem == "torn":
@@ -251,6 +259,7 @@ WEIGHTS = [
     ("code.pkl", "reading a pickle runs the code that it holds"),
     ("empty.pth", "empty.pth cannot be read as a checkpoint (it is empty)"),
     ("torn.pth", "torn.pth cannot be read as a checkpoint (it is damaged"),
+    ("flipped.pth", "fails its checksum"),
     ("broken.safetensors", "cannot be read as a checkpoint (it is damaged"),
     ("list.pth", "list.pth holds a list and not a dict of weights"),
     ("folder.pth", "folder.pth: there is no such file."),
@@ -271,7 +280,7 @@ def test_weights(run: Run, tmp_path: Path, name: str, message: str) -> None:
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("name", ["code.pth", "torn.pth", "broken.safetensors"])
+@pytest.mark.parametrize("name", ["code.pth", "torn.pth", "flipped.pth", "broken.safetensors"])
 def test_weights_of_the_backbone(run: Run, tmp_path: Path, name: str) -> None:
     make_weights(tmp_path / name)
     output_dir = f"train.output_dir={tmp_path / 'run'}"
@@ -373,11 +382,11 @@ def test_an_error_of_ours_keeps_its_traceback(
     def fail(*_: object, **__: object) -> None:
         raise KeyError("a bug")
 
-    monkeypatch.setattr(sys.modules["contrast_d2.engine.main"], "build_model", fail)
     monkeypatch.setattr(
         sys, "argv", ["train_net.py", "--config-file", CONFIG, f"train.output_dir={tmp_path}"]
     )
     import train_net
 
+    monkeypatch.setattr(train_net, "build_model", fail)
     with pytest.raises(KeyError, match="a bug"):
         train_net.run()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from contrast_d2.evaluation.runs import load_run_model
+from contrast_d2.engine import last_checkpoint, load_config, load_trained
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/shapes/semfpn_r18_ms_cs_demo.py"
@@ -32,7 +32,7 @@ SMALL = [
     "train.clip_norm=5.0",
     "train.ema_decay=0.9",
     "train.max_iter=8",
-    "train.checkpoint_period=2",
+    "train.checkpointer.period=2",
     "train.eval_period=4",
     "train.log_period=1",
 ]
@@ -142,7 +142,7 @@ def test_a_run_leaves_what_the_readme_promises(whole_run: Path) -> None:
     } <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert (whole_run / "last_checkpoint").read_text() == "model_final.pth"
-    # checkpoints_to_keep is 2
+    # checkpointer.max_to_keep is 2
     numbered = sorted(n for n in names if n.startswith("model_0"))
     assert numbered == ["model_0000005.pth", "model_0000007.pth"]
     metrics = last_metrics(whole_run)
@@ -162,10 +162,10 @@ def test_a_run_leaves_what_the_readme_promises(whole_run: Path) -> None:
         best["trainer"]["hooks"]["WeightAverage"]["average"],
         {name: x for name, x in best["model"].items() if name in average},
     )
-    assert_identical(
-        average,
-        {name: x for name, x in load_run_model(whole_run).state_dict().items() if name in average},
-    )
+    cfg = load_config(str(whole_run / "config.yaml"))
+    trained = load_trained(cfg, last_checkpoint(str(whole_run)), device="cpu")
+    assert not trained.training
+    assert_identical(average, trained.state_dict())
     name = next(name for name in state if name.endswith("conv1.weight"))
     assert not torch.equal(state[name], final["model"][name])
 
@@ -292,6 +292,8 @@ def test_a_resumed_run_does_not_need_what_it_started_from(whole_run: Path, tmp_p
     train(tmp_path, LOST_WEIGHTS, flags=("--resume",))
     final = [load(path / "model_final.pth") for path in (whole_run, tmp_path)]
     assert_identical(*final)
+    result = run(str(tmp_path), "--images", "1", script="tools/plot_run.py")
+    assert result.returncode == 0, result.stderr[-3000:]
     result = run("--config-file", CONFIG, *SMALL, f"train.output_dir={tmp_path}", LOST_WEIGHTS)
     assert result.returncode == 1
     assert "error: weights_file=lost.pth: there is no such file" in result.stderr
@@ -301,8 +303,8 @@ def test_a_resumed_run_does_not_need_what_it_started_from(whole_run: Path, tmp_p
 def test_two_processes_train_without_a_gpu(tmp_path: Path) -> None:
     train(tmp_path, "train.max_iter=2", "train.eval_period=0", flags=("--num-gpus", "2"))
     log = (tmp_path / "log.txt").read_text()
-    assert "Process 0 of 2" in log
-    assert "Process 1 of 2" in (tmp_path / "log.txt.rank1").read_text()
+    assert "Rank of current process: 0. World size: 2" in log
+    assert "Rank of current process: 1. World size: 2" in (tmp_path / "log.txt.rank1").read_text()
     assert last_metrics(tmp_path)[2]["sem_seg/mIoU"] >= 0
     state = load(tmp_path / "model_final.pth")
     assert state["iteration"] == 1
@@ -310,12 +312,12 @@ def test_two_processes_train_without_a_gpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_the_same_command_trains_on_a_gpu(tmp_path: Path, precision: str) -> None:
+@pytest.mark.parametrize("amp", ["enabled=False", "dtype=bf16", "dtype=fp16"])
+def test_the_same_command_trains_on_a_gpu(tmp_path: Path, amp: str) -> None:
     arguments = ["--config-file", CONFIG, *SMALL, f"train.output_dir={tmp_path}"]
-    result = run(*arguments, f"train.precision={precision}", on_gpu=True)
+    result = run(*arguments, "train.amp.enabled=True", f"train.amp.{amp}", on_gpu=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "Process 0 of 1 on cuda:0" in (tmp_path / "log.txt").read_text()
+    assert "max_mem: " in (tmp_path / "log.txt").read_text()  # which detectron2 says of a GPU
     assert last_metrics(tmp_path)[8]["sem_seg/mIoU"] >= 0
 
 
@@ -345,7 +347,7 @@ def test_a_mistake_gets_one_line(tmp_path: Path, arguments: tuple[str, ...], mes
 def test_a_mistake_inside_a_process_gets_one_line(tmp_path: Path) -> None:
     result = run("--config-file", CONFIG, "--eval-only", f"train.output_dir={tmp_path}")
     assert result.returncode == 1
-    assert f"error: nothing to evaluate: {tmp_path} has no checkpoint." in result.stderr
+    assert f"error: no weights: {tmp_path} has no checkpoint." in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -51,7 +51,7 @@ def make(batch_size: int, *, loss_weight: float = 1.0, **options) -> Trainer:
     torch.manual_seed(1)
     model = TwoLosses(loss_weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return Trainer(model, optimizer, lambda start: images(batch_size), seed=0, **options)
+    return Trainer(model, images(batch_size), optimizer, seed=0, **options)
 
 
 def weights(trainer: Trainer) -> torch.Tensor:
@@ -113,22 +113,22 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"),
-    [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
+    ("amp_dtype", "dtype"),
+    [(None, torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)],
 )
-def test_precision_sets_the_dtype_of_the_products(precision: str, dtype: torch.dtype) -> None:
+def test_autocast_sets_the_dtype_of_the_products(amp_dtype: str | None, dtype: torch.dtype) -> None:
     # Small enough that the loss scaler of fp16 does not overflow.
-    trainer, exact = make(4, precision=precision, loss_weight=0.02), make(4, loss_weight=0.02)
+    trainer, exact = make(4, amp_dtype=amp_dtype, loss_weight=0.02), make(4, loss_weight=0.02)
     trainer.train(0, 3)
     exact.train(0, 3)
     assert set(trainer.model.dtypes) == {dtype}
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
     torch.testing.assert_close(weights(trainer), weights(exact), rtol=0.05, atol=0.01)
-    assert trainer.state_dict()["scaler"].get("scale") == (65536.0 if precision == "fp16" else None)
+    assert trainer.state_dict()["scaler"].get("scale") == (65536.0 if amp_dtype == "fp16" else None)
 
 
 def test_an_overflow_of_scaled_fp16_gradients_skips_the_step_and_goes_on() -> None:
-    trainer = make(4, precision="fp16", loss_weight=30.0, clip_norm=1.0)
+    trainer = make(4, amp_dtype="fp16", loss_weight=30.0, clip_norm=1.0)
     before = weights(trainer)
     trainer.train(0, 1)
     assert torch.equal(weights(trainer), before)
@@ -141,13 +141,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched() -> Non
     trainer = make(2, accumulation_steps=2)
     before = weights(trainer)
 
-    def poisoned(start: int) -> Iterator[Batch]:
+    def poisoned() -> Iterator[Batch]:
         for i, batch in enumerate(images(2)):
             if i == 1:
                 batch[0]["image"] = torch.full((4,), torch.inf)
             yield batch
 
-    trainer._build_loader = poisoned
+    trainer.data_loader = poisoned()
     with pytest.raises(NonFiniteLossError) as caught:
         trainer.train(0, 1)
     report = str(caught.value)
@@ -169,7 +169,7 @@ def test_a_gradient_that_is_not_finite_stops_too() -> None:
 
     model = Root()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = Trainer(model, optimizer, lambda start: images(1), seed=0, clip_norm=1.0)
+    trainer = Trainer(model, images(1), optimizer, seed=0, clip_norm=1.0)
     with pytest.raises(NonFiniteLossError, match="gradient's norm is inf.*image_0.png"):
         trainer.train(0, 1)
     assert model.x.item() == 0
@@ -188,7 +188,7 @@ def test_the_random_numbers_of_a_step_depend_on_the_iteration_alone() -> None:
         model.dtypes.extend([torch.float32] * start)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         torch.rand(start)  # whatever was drawn before must not matter
-        Trainer(model, optimizer, lambda start: images(1), seed=5).train(start, 4)
+        Trainer(model, images(1), optimizer, seed=5).train(start, 4)
     assert len({values[0] for values in drawn.values()}) == 4
     assert drawn[2][0] == drawn[2][1] and drawn[3][0] == drawn[3][1]
 
@@ -196,7 +196,7 @@ def test_the_random_numbers_of_a_step_depend_on_the_iteration_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "fp8"}, "train.precision='fp8'"),
+        ({"amp_dtype": "fp8"}, "train.amp.dtype='fp8'"),
         ({"accumulation_steps": 0}, "train.accumulation_steps=0"),
         ({"clip_norm": 0.0}, "train.clip_norm=0.0"),
     ],
@@ -211,9 +211,9 @@ def test_a_resume_with_another_seed_is_refused() -> None:
     model = TwoLosses()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="has seed 0"):
-        Trainer(model, optimizer, lambda start: images(1), seed=1).load_state_dict(state)
+        Trainer(model, images(1), optimizer, seed=1).load_state_dict(state)
     with pytest.raises(ValueError, match="train.seed=-1"):
-        Trainer(model, optimizer, lambda start: images(1), seed=-1)
+        Trainer(model, images(1), optimizer, seed=-1)
 
 
 def test_a_model_left_in_eval_mode_is_our_bug() -> None:
@@ -274,13 +274,13 @@ def test_the_last_evaluation_is_that_of_a_finished_training() -> None:
 
 
 def test_the_loss_scaler_is_part_of_what_is_resumed() -> None:
-    state = make(2, precision="fp16").state_dict()
+    state = make(2, amp_dtype="fp16").state_dict()
     assert state["scaler"]["scale"] > 1
-    with pytest.raises(ValueError, match="was trained with train.precision=fp16"):
+    with pytest.raises(ValueError, match="was trained with train.amp.dtype=fp16"):
         make(2).load_state_dict(state)
-    with pytest.raises(ValueError, match="was trained without train.precision=fp16"):
-        make(2, precision="fp16").load_state_dict(make(2).state_dict())
+    with pytest.raises(ValueError, match="was trained without train.amp.dtype=fp16"):
+        make(2, amp_dtype="fp16").load_state_dict(make(2).state_dict())
     state["scaler"]["scale"] = 128.0
-    other = make(2, precision="fp16")
+    other = make(2, amp_dtype="fp16")
     other.load_state_dict(state)
     assert other.state_dict()["scaler"]["scale"] == 128.0

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from contrast_d2.backbones import TimmBackbone
 from contrast_d2.decoders import FCNDecoder
-from contrast_d2.engine import load_config
-from contrast_d2.engine.main import build_evaluation
+from contrast_d2.engine import build_evaluation, load_config
 from contrast_d2.evaluation import (
     InferenceProtocol,
     MultiScaleFlip,

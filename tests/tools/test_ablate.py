@@ -24,7 +24,7 @@ overrides:
   - dataloader.train.num_workers=0
   - dataloader.test.num_workers=0
   - train.log_period=1
-  - train.checkpoint_period=4
+  - train.checkpointer.period=4
   - train.eval_period=0
 """
 
@@ -32,7 +32,7 @@ overrides:
 def short_definition(folder: Path, iterations: int) -> Path:
     """The shapes, with a training that takes seconds."""
     text = DEFINITION.read_text()
-    for key in ("max_iter=200", "eval_period=100", "checkpoint_period=50"):
+    for key in ("max_iter=200", "eval_period=100", "checkpointer.period=50"):
         assert key in text
         text = text.replace(f"  - train.{key}\n", "")
     path = folder / "quick.yaml"

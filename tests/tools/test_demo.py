@@ -101,6 +101,16 @@ def test_images_give_overlay_ids_and_colours(main, weights, frames, tmp_path, ca
     assert shown == [k == 2 for k in range(1, 9)]
 
 
+def test_the_flags_of_detectron2s_demo(main, weights, frames, tmp_path, capsys) -> None:
+    fixed = ["--config-file", CONFIG, "--input", str(frames / "a.png"), "--output", str(tmp_path)]
+    chosen = [*SMALL_NETWORK, f"train.init_checkpoint={weights['first']}"]
+    assert main([*fixed, "--opts", *chosen]) == 0
+    with Image.open(tmp_path / "a_ids.png") as image:
+        assert np.unique(np.asarray(image)).tolist() == [2]
+    assert main([*fixed, "--opts", *SMALL_NETWORK]) == 1
+    assert "error: no weights" in capsys.readouterr().err
+
+
 def test_what_is_saved_can_be_chosen(main, weights, frames, tmp_path) -> None:
     output = tmp_path / "out"
     assert main(command(weights["first"], output, frames / "a.png", "--save", "ids")) == 0

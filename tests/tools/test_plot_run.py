@@ -49,6 +49,8 @@ def config():
                 pixel_mean=[128.0, 128.0, 128.0],
                 pixel_std=[64.0, 64.0, 64.0],
             ),
+            "train": {"channels_last": False},
+            "dataset": {"num_classes": NUM_CLASSES},
             "dataloader": {
                 "test": L(build_test_loader)(
                     dataset=VAL,
@@ -84,6 +86,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         predictor.bias.copy_(torch.eye(NUM_CLASSES)[0])
     torch.save({"model": model.state_dict()}, folder / "model_final.pth")
+    (folder / "last_checkpoint").write_text("model_final.pth")
     write_metrics(folder, loss=1.0, miou=12.345)
     return folder
 

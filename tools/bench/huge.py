@@ -59,14 +59,11 @@ def measure_dataset(entries: int, classes: int, say: Say) -> dict[str, Any]:
         del listed
 
         def build(start_iteration: int) -> Any:
-            return build_train_loader(
-                dataset=NAME,
-                mapper=_as_it_is,
-                total_batch_size=_BATCH,
-                seed=0,
-                num_workers=2,
-                start_iteration=start_iteration,
+            loader = build_train_loader(
+                dataset=NAME, mapper=_as_it_is, total_batch_size=_BATCH, seed=0, num_workers=2
             )
+            loader.start_at(start_iteration)
+            return loader
 
         with _stage("loader, with its list, up to the first batch of 2 workers", stages, say):
             next(iter(build(0)))

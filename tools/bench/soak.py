@@ -119,7 +119,7 @@ def watch(
         "train.output_dir": output_dir,
         "train.max_iter": periods.total,
         "train.eval_period": periods.between,
-        "train.checkpoint_period": periods.between,
+        "train.checkpointer.period": periods.between,
         "train.log_period": max(1, periods.between // 20),
     }
     command = [sys.executable, "train_net.py", "--config-file", str(file.resolve()), *overrides]

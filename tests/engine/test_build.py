@@ -11,7 +11,7 @@ from detectron2.layers import NaiveSyncBatchNorm
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from contrast_d2.engine.main import build_model
+from contrast_d2.engine import build_model
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "camvid"
 BACKBONES = ["test_resnet", "mobilenetv3_small_100", "swin_tiny_patch4_window7_224"]
@@ -68,7 +68,8 @@ def test_channels_last_changes_the_layout_and_not_the_results(backbone: str) -> 
     inputs = batch()
     for channels_last in (False, True):
         torch.manual_seed(0)
-        model = build_model(config(backbone, f"train.channels_last={channels_last}"))
+        # In float64, where what another order of summation changes is far below the bound.
+        model = build_model(config(backbone, f"train.channels_last={channels_last}")).double()
         model.sem_seg_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]["res2"]))
         torch.manual_seed(1)
         losses = model.train()(inputs)
@@ -87,4 +88,4 @@ def test_channels_last_changes_the_layout_and_not_the_results(backbone: str) -> 
     assert results[0].keys() == results[1].keys()
     for name, value in results[0].items():
         difference = (results[1][name] - value).norm() / value.norm()
-        assert difference < 1e-3, name
+        assert difference < 1e-6, name
