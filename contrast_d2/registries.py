@@ -14,6 +14,7 @@ from typing import Any
 
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
+from detectron2.utils.registry import locate
 from fvcore.common.registry import Registry
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
@@ -123,9 +124,11 @@ def set_options(
         ValueError: an unknown key.
     """
     current: dict[Any, Any] = OmegaConf.to_container(node, resolve=False)  # pyright: ignore[reportAssignmentType]
-    if callable(target := current.pop("_target_", None)):
-        signature = inspect.signature(target).parameters
-        current = {**{name: argument.default for name, argument in signature.items()}, **current}
+    target = current.pop("_target_", dict)
+    target = locate(target) if isinstance(target, str) else target
+    if target is not dict:  # which takes any key
+        arguments = inspect.signature(target).parameters
+        current = {**{name: argument.default for name, argument in arguments.items()}, **current}
     for key, value in options.items():
         name, full = key.lower(), f"{path}.{key}"
         if name in given:

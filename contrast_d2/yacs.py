@@ -40,7 +40,11 @@ from .backbones import without_starting_weights
 from .registries import common, did_you_mean, find, plain, set_options
 
 # Keys of detectron2 that may also say what is done here anyway.
-_AS_HERE = {"DATALOADER.ASPECT_RATIO_GROUPING": False, "DATALOADER.FILTER_EMPTY_ANNOTATIONS": False}
+_AS_HERE = {
+    "DATALOADER.ASPECT_RATIO_GROUPING": False,
+    "DATALOADER.FILTER_EMPTY_ANNOTATIONS": False,
+    "INPUT.MIN_SIZE_TEST": 0,
+}
 # Of losses that ContrastiveSegmentor replaces, so that it has no effect that heads read them.
 _WITHOUT_EFFECT = {"MODEL.SEM_SEG_HEAD.LOSS_WEIGHT", "MODEL.SEM_SEG_HEAD.LOSS_TYPE"}
 _FLIPS = {"horizontal": 0.5, "none": 0.0}
