@@ -10,7 +10,9 @@ machines, and torchrun: docs/distributed.md.
 
 import argparse
 import logging
+import sys
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
@@ -22,9 +24,10 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=Depre
 # ruff: noqa: E402
 import torch
 from detectron2.config import instantiate
-from detectron2.engine import create_ddp_model, default_writers, hooks
+from detectron2.engine import create_ddp_model, default_writers, hooks, launch
 from detectron2.utils import comm
 from omegaconf import DictConfig
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from contrast_d2.engine import (
     BestCheckpointer,
@@ -41,17 +44,21 @@ from contrast_d2.engine import (
     build_optimizer,
     check_config,
     check_crop,
+    check_launch,
     compute_deterministically,
     find_resumable,
     import_modules,
+    join_torchrun,
     last_checkpoint,
-    launch,
     load_config,
     load_trained,
     one_line_errors,
     open_log,
     open_writers,
+    run_process,
     save_inference_weights,
+    tell_failure,
+    under_torchrun,
 )
 
 logger = logging.getLogger("contrast_d2")
@@ -162,20 +169,32 @@ def main(args: argparse.Namespace) -> None:
             do_train(cfg, resume=args.resume)
 
 
-def run() -> None:
-    args = argument_parser().parse_args()
-    with one_line_errors():
-        import_modules(args.imports)
-        cfg = load_config(args.config_file, args.opts)  # mistakes are told before processes start
+def start(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, timeout: timedelta):
+    """Runs a function in all processes of a job: torchrun's, or those of detectron2's `launch`."""
+    if under_torchrun():
+        join_torchrun(main, args, timeout=timeout)
+        return
+    try:
         launch(
-            main,
+            run_process,
             args.num_gpus,
             num_machines=args.num_machines,
             machine_rank=args.machine_rank,
             dist_url=args.dist_url,
-            args=(args,),
-            timeout=timedelta(minutes=cfg.train.timeout_minutes),
+            args=(main, args),
+            timeout=timeout,
         )
+    except (ProcessExitedException, ProcessRaisedException) as error:
+        sys.exit(tell_failure(error))
+
+
+def run() -> None:
+    args = argument_parser().parse_args()
+    with one_line_errors():  # before processes start
+        check_launch(args)
+        import_modules(args.imports)
+        cfg = load_config(args.config_file, args.opts)
+    start(main, args, timedelta(minutes=cfg.train.timeout_minutes))
 
 
 if __name__ == "__main__":

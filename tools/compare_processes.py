@@ -14,9 +14,7 @@ import json
 import os
 import sys
 import tempfile
-import time
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from bench.machine import note
 
-from contrast_d2.engine import ProcessFailedError, launch
 from tests.contrast.process_counts import (
     METHODS,
     SCENES,
@@ -40,11 +37,8 @@ from tests.contrast.process_counts import (
     run_all,
     run_steps,
 )
-from tests.engine.dying import REASONS, die, free_port, start
+from tests.engine.dying import start
 from tests.helpers import run_processes
-
-# Seconds of the collective timeout with which the hanging process is measured.
-_TIMEOUT = 5.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -103,49 +97,25 @@ def differences(num_processes: int) -> dict[str, dict[str, Any]]:
 
 
 def deaths() -> list[dict[str, Any]]:
-    """Seconds from a death to the end of the launch, and what is said."""
+    """Seconds from the death of a process to the end of its launcher, and what that says."""
     rows = []
-    jobs = [(how, *job) for how in REASONS for job in ((1, 2), (1, 4), (2, 1))]
-    for how, machines, processes in [*jobs, ("hangs", 1, 2)]:
-        with tempfile.TemporaryDirectory() as folder:
-            end = _two_machines if machines == 2 else _one_machine
-            message, ended = end(how, processes, folder)
-            seconds = ended - float(Path(folder, "time").read_text())
-        rows.append(
-            {
-                "how": how,
-                "machines": machines,
-                "processes_each": processes,
-                "timeout": _TIMEOUT if how == "hangs" else None,
-                "seconds": round(seconds, 2),
-                "message": message,
-            }
-        )
-        print(json.dumps(rows[-1]))
+    for how in ("killed", "raises"):
+        for processes in (2, 4):
+            with tempfile.TemporaryDirectory() as folder:
+                job = start(how, folder, "--num-gpus", str(processes))
+                _, errors = job.communicate()
+                died, ended = (float(Path(folder, n).read_text()) for n in ("time", "ended"))
+            rows.append(
+                {
+                    "how": how,
+                    "processes": processes,
+                    "seconds": round(ended - died, 2),
+                    "status": job.returncode,
+                    "message": errors.strip().splitlines()[-1],
+                }
+            )
+            print(json.dumps(rows[-1]))
     return rows
-
-
-def _one_machine(how: str, processes: int, folder: str) -> tuple[str, float]:
-    timeout = {"timeout": timedelta(seconds=_TIMEOUT)} if how == "hangs" else {}
-    try:
-        launch(die, processes, args=(how, folder), **timeout)
-    except ProcessFailedError as error:
-        return str(error), time.time()
-    raise RuntimeError(f"a process that {how} was not noticed")
-
-
-def _two_machines(how: str, processes: int, folder: str) -> tuple[str, float]:
-    """Two launches on this machine; the message of the one whose process lives."""
-    url = f"tcp://127.0.0.1:{free_port()}"
-    jobs = [
-        start(f"die, {processes}, 2, {machine}, {url!r}, ({how!r}, {folder!r})")
-        for machine in (0, 1)
-    ]
-    outputs = [job.communicate() for job in jobs]
-    if any(job.returncode != 1 for job in jobs):
-        raise RuntimeError(f"exit statuses {[job.returncode for job in jobs]}")
-    messages = [errors.strip().splitlines()[-1] for _, errors in outputs]
-    return messages[0].removeprefix("error: "), max(float(ended) for ended, _ in outputs)
 
 
 if __name__ == "__main__":

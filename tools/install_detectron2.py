@@ -37,8 +37,9 @@ ARCHIVE_NAME = "pb1-detectron2"
 ARCHIVE_VERSION = "0.6"
 ARCHIVE_SHA256 = "5d2e9e51e523ec72f6a31cca04b0a515492e9514b773a3d134cedc0677170b29"
 
-# The local version by which this script knows its own installations again.
-LOCAL_VERSION = "purepython"
+# The local version by which this script knows its own installations again, and how old they are.
+BUILD = "purepython"
+LOCAL_VERSION = f"{BUILD}.2"
 
 # detectron2's setup.py installs these projects as part of the package; so does this script.
 PROJECTS = {
@@ -110,6 +111,25 @@ FIXES = (
         "numpy aliases",
         re.compile(r"(?<![\w.])(?:np|numpy)\.(bool|int|float|str|object)\b"),
         r"\1",
+    ),
+    # Processes on a CPU, over gloo, as detectron2's main branch starts them.
+    Fix(
+        "launch without CUDA",
+        re.compile(r"    assert torch\.cuda\.is_available\(\), \"cuda is not available\..*\n"),
+        "",
+    ),
+    Fix(
+        "launch over gloo",
+        re.compile(r'backend="NCCL"'),
+        'backend="NCCL" if torch.cuda.is_available() else "GLOO"',
+    ),
+    Fix(
+        "launch without devices",
+        re.compile(
+            r"    assert num_gpus_per_machine <= torch\.cuda\.device_count\(\)\n"
+            r"    torch\.cuda\.set_device\(local_rank\)\n"
+        ),
+        "    if torch.cuda.is_available():\n        torch.cuda.set_device(local_rank)\n",
     ),
     # numpy 2 turned copy=False from "avoid a copy" into "fail if one is needed".
     Fix(
@@ -187,7 +207,11 @@ class Detectron2(NamedTuple):
 
     @property
     def ours(self) -> bool:
-        return self.distribution is not None and LOCAL_VERSION in self.distribution
+        return self.distribution is not None and BUILD in self.distribution
+
+    @property
+    def outdated(self) -> bool:
+        return self.ours and not str(self.distribution).endswith(LOCAL_VERSION)
 
 
 class Source(NamedTuple):
@@ -486,7 +510,7 @@ def build_wheel(source: Source, directory: Path) -> Path:
 
 
 def local_version(version: str) -> str:
-    """Mark a version as that of the pure-Python build: ``0.6`` becomes ``0.6+purepython``."""
+    """Mark a version as that of the pure-Python build: ``0.6`` becomes ``0.6+purepython.2``."""
     return version + ("." if "+" in version else "+") + LOCAL_VERSION
 
 
@@ -586,7 +610,7 @@ def run(source: Path | None, wheel_dir: Path | None) -> str:
     """
     if wheel_dir is None:
         found = find_detectron2()
-        if found.works and source is None:
+        if found.works and source is None and not found.outdated:
             return f"detectron2 {found.version} at {found.location} works: nothing to do"
         if found.present and not found.ours:
             state = "works" if found.works else f"does not work ({_one_line(found.error)})"

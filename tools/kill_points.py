@@ -27,6 +27,8 @@ import tempfile
 import threading
 import time
 import traceback
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -38,8 +40,8 @@ import torch  # noqa: E402
 from bench.machine import note  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
-from contrast_d2.engine import Trainer, argument_parser, files, launch  # noqa: E402
-from train_net import main as run_job  # noqa: E402
+import train_net  # noqa: E402
+from contrast_d2.engine import Trainer, argument_parser, files  # noqa: E402
 
 _ITERATIONS = 40
 # The job with all its parts, on a network of 0.4 M weights: a start takes seconds.
@@ -144,13 +146,13 @@ class DyingFile:
         return getattr(self._file, name)
 
 
-def train(args: argparse.Namespace, death: Death | None, clock: str) -> None:
+def train(death: Death | None, clock: str, args: argparse.Namespace) -> None:
     """One process of a training that is to die.
 
     Args:
-        args: of train_net.py.
         death: when; None to train to the end.
         clock: file for the seconds that the training loop took.
+        args: of train_net.py.
     """
     plain_train, plain_step = Trainer.train, Trainer.run_step
 
@@ -180,7 +182,7 @@ def train(args: argparse.Namespace, death: Death | None, clock: str) -> None:
         Trainer.run_step = step
         if death.kind == "write":
             files.open = dying_open
-    run_job(args)
+    train_net.main(args)
 
 
 def attempt(
@@ -208,7 +210,7 @@ def attempt(
             os.dup2(log, 1)
             os.dup2(log, 2)
             args = argument_parser().parse_args(arguments)
-            launch(train, case.processes, args=(args, death, str(clock)))
+            train_net.start(partial(train, death, str(clock)), args, timedelta(minutes=30))
             code = 0
         except BaseException:
             traceback.print_exc()

@@ -6,9 +6,8 @@ from .checks import check_classes, check_config, check_crop, one_line_errors
 from .config import argument_parser, import_modules, load_config
 from .dashboard import build_dashboard
 from .determinism import compute_deterministically
-from .failures import ProcessFailedError
 from .hooks import BestCheckpointer, MetricsWriter, PeriodicCheckpointer, WeightAverage
-from .launch import launch
+from .launch import check_launch, join_torchrun, run_process, tell_failure, under_torchrun
 from .record import begin_run, open_log, save_inference_weights
 from .trainer import NonFiniteLossError, Trainer
 from .writers import open_writers
@@ -19,7 +18,6 @@ __all__ = [
     "MetricsWriter",
     "NonFiniteLossError",
     "PeriodicCheckpointer",
-    "ProcessFailedError",
     "Trainer",
     "WeightAverage",
     "argument_parser",
@@ -31,15 +29,19 @@ __all__ = [
     "check_classes",
     "check_config",
     "check_crop",
+    "check_launch",
     "compute_deterministically",
     "find_resumable",
     "import_modules",
+    "join_torchrun",
     "last_checkpoint",
-    "launch",
     "load_config",
     "load_trained",
     "one_line_errors",
     "open_log",
     "open_writers",
+    "run_process",
     "save_inference_weights",
+    "tell_failure",
+    "under_torchrun",
 ]

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 # The least value of each.
 _LEAST = (
     ("max_iter", 1),
+    ("timeout_minutes", 1e-3),
     ("accumulation_steps", 1),
     ("checkpointer.period", 1),
     ("checkpointer.max_to_keep", 1),

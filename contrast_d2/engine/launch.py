@@ -1,140 +1,145 @@
-"""Starting one process per GPU, or several on a machine without one, and stopping all of them when
-one fails."""
+"""What a job needs beside detectron2's `launch`: checks before it, and what each process does."""
 
 from __future__ import annotations
 
+import argparse
 import gc
+import inspect
 import os
+import socket
 import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from multiprocessing import parent_process
+from typing import Any
 
+import detectron2.engine  # noqa: F401  (its `launch` is a module and a function)
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from detectron2.utils import comm
-from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing.errors import record
-
-from .failures import FailureLog, ProcessFailedError, host_name
-
-DEFAULT_TIMEOUT = timedelta(minutes=30)
-# Seconds. How often a launcher looks for failures elsewhere; how long processes have to end by
-# themselves after a failure, in which the launchers learn of its cause, and how long after SIGTERM;
-# how long machine 0 then keeps the store open for the others.
-_POLL = 0.5
-_GRACE = 1.0
-_GRACE_BETWEEN_MACHINES = 3.0
-_TERMINATION = 5.0
-_FAREWELL = 10.0
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 
-class _Job(NamedTuple):
-    """What every process of a job knows.
-
-    Attributes:
-        num_processes: on each machine.
-        num_machines: machines in the job.
-        machine_rank: number of this machine.
-        host: where the job's store is, on machine 0.
-        port: of the store.
-        timeout: the longest wait of a collective call.
-    """
-
-    num_processes: int
-    num_machines: int
-    machine_rank: int
-    host: str
-    port: int
-    timeout: timedelta
-
-    @property
-    def world_size(self) -> int:
-        return self.num_processes * self.num_machines
-
-    @property
-    def first_rank(self) -> int:
-        """The rank of this machine's first process."""
-        return self.machine_rank * self.num_processes
+class JobError(Exception):
+    """One line for the user, on its way from a process to the launcher that has started it."""
 
 
-def launch(
-    main: Callable[..., Any],
-    num_processes: int,
-    num_machines: int = 1,
-    machine_rank: int = 0,
-    dist_url: str = "auto",
-    args: tuple[Any, ...] = (),
-    timeout: timedelta = DEFAULT_TIMEOUT,
-) -> None:
-    """Runs `main(*args)` in every process of a job, over NCCL where there are GPUs and over gloo
-    where there are none.
+def under_torchrun() -> bool:
+    """Whether the processes are there already, as the environment that torchrun sets says."""
+    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
 
-    A process that torchrun has started joins torchrun's group instead.
 
-    When a process raises, is killed or leaves early, the others are stopped, within seconds on all
-    machines of the job. What the launcher cannot see, such as a machine that has lost its network,
-    ends the job after `timeout`.
+def check_launch(args: argparse.Namespace) -> None:
+    """Checks how many processes are asked for, and where.
 
     Args:
-        main: an importable function.
-        num_processes: processes on this machine, one per GPU where there are GPUs; the same number
-            on all machines. Under torchrun its number, or 1.
-        num_machines: machines in the job, each of which calls this function; 1 under torchrun.
-        machine_rank: number of this machine, from 0.
-        dist_url: where the processes meet, "tcp://HOST:PORT" with HOST a name of machine 0; "auto"
-            picks a free port, on one machine.
-        args: for `main`.
-        timeout: the longest that a process waits for another one, to start or in a collective call.
+        args: of `argument_parser`.
 
     Raises:
-        ValueError: a number of processes or machines that is not to be had, an address that cannot
-            be used, or launches or a torchrun that contradict each other.
-        ProcessFailedError: a process failed; with several processes.
+        ValueError: more processes than GPUs, machines that cannot find each other, flags that are
+            torchrun's to set, or a detectron2 that starts processes on GPUs only.
     """
-    if timeout <= timedelta(0):
+    if args.num_gpus < 1:
+        raise ValueError(f"--num-gpus {args.num_gpus}: needs at least 1.")
+    local_size = args.num_gpus
+    if under_torchrun():
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        given = (args.num_machines, args.machine_rank, args.dist_url)
+        if args.num_gpus not in (1, local_size) or given != (1, 0, "auto"):
+            raise ValueError(
+                f"torchrun has started {local_size} process(es) here: leave out --num-gpus, "
+                "--num-machines, --machine-rank and --dist-url."
+            )
+    elif not 0 <= args.machine_rank < args.num_machines:
         raise ValueError(
-            f"train.timeout_minutes={timeout.total_seconds() / 60:g}: must be above 0."
+            f"--machine-rank {args.machine_rank} with --num-machines {args.num_machines}: ranks "
+            f"count from 0 to {args.num_machines - 1}."
         )
-    if num_processes < 1:
-        raise ValueError(f"--num-gpus {num_processes}: needs at least 1.")
-    if _is_under_torchrun():
-        _check_torchrun(num_processes, num_machines, machine_rank, dist_url)
-        _join_torchrun(main, args, timeout)
-        return
-    if not 0 <= machine_rank < num_machines:
-        raise ValueError(
-            f"--machine-rank {machine_rank} with --num-machines {num_machines}: ranks count from 0 "
-            f"to {num_machines - 1}."
-        )
-    if num_machines > 1 and dist_url == "auto":
+    elif args.num_machines > 1 and args.dist_url == "auto":
         raise ValueError(
             "--dist-url auto finds a port on one machine only: give all machines the same "
-            "tcp://HOST:PORT, with a name of machine 0."
+            "tcp://HOST:PORT, with a name of machine 0, or use torchrun."
         )
-    _check_gpus(num_processes)
-    if num_processes * num_machines == 1:
+    if torch.cuda.is_available():
+        if local_size > torch.cuda.device_count():
+            raise ValueError(
+                f"--num-gpus {local_size}: this machine has {torch.cuda.device_count()}."
+            )
+    elif args.num_gpus * args.num_machines > 1 and not under_torchrun() and _needs_gpus():
+        raise ValueError(
+            f"--num-gpus {args.num_gpus}: this detectron2 starts processes on GPUs only, and there "
+            "is none. Use torchrun, or tools/install_detectron2.py in an environment without it."
+        )
+
+
+def run_process(main: Callable[..., Any], *args: Any) -> None:
+    """Runs `main(*args)` in one of the processes that detectron2's `launch` starts.
+
+    A process ends with its launcher, however that ends. Without a GPU it takes its share of the
+    cores, where OMP_NUM_THREADS does not say otherwise.
+
+    Raises:
+        JobError: `main` has exited with a line for the user; with several processes.
+    """
+    launcher = parent_process()
+    if launcher is None or comm.get_world_size() == 1:
         main(*args)
         return
-    host, port = ("127.0.0.1", 0) if dist_url == "auto" else _address(dist_url)
-    job = _Job(num_processes, num_machines, machine_rank, host, port, timeout)
-    store = _open_store(job)
-    job = job._replace(port=store.port)
-    if num_machines > 1:
-        _check_machines(job, store)
-    context = mp.start_processes(  # pyright: ignore[reportPrivateImportUsage]
-        _worker, (job, main, args), num_processes, join=False, start_method="spawn"
-    )
+    # A thread, and not a signal of the kernel: it works on every system, and as the program may
+    # have been started in the background, where some signals are ignored.
+    threading.Thread(target=lambda: (launcher.join(), os._exit(1)), daemon=True).start()
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
+        # Without a share of the cores each, the processes wait for one another's threads.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.get_local_size()))
     try:
-        _watch(context.processes, job, store)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
+        main(*args)
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise
+        raise JobError(_with_rank(error.code)) from None
     finally:
-        _stop(context.processes)  # pyright: ignore[reportArgumentType, reportOptionalMemberAccess]
+        leave_groups()
+
+
+def tell_failure(error: ProcessRaisedException | ProcessExitedException) -> str:
+    """What the launcher says of the process that failed first, of all processes that failed."""
+    text = str(error).strip()
+    if isinstance(error, ProcessRaisedException) and f"{JobError.__name__}: " in text:
+        return text.rpartition(f"{JobError.__name__}: ")[2]
+    return f"{text}\nerror: {text.splitlines()[0].strip('- ')}"
+
+
+def join_torchrun(main: Callable[..., Any], *args: Any, timeout: timedelta) -> None:
+    """Runs `main(*args)` in the group of torchrun, which stops the others when a process fails.
+
+    Args:
+        main: what to run.
+        args: for `main`.
+        timeout: the longest wait of a process for another one.
+    """
+    local_rank, world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    if world_size == 1:
+        main(*args)
+        return
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
+    try:
+        _create_local_group(local_size, timeout)
+        comm.synchronize()
+        record(main)(*args)  # torchrun's report then has the error of the first that fails
+    except SystemExit as error:
+        if not isinstance(error.code, str):
+            raise
+        # The first to fail tells what all may have to tell.
+        first = dist.distributed_c10d._get_default_store().add("contrast_d2/failed", 1) == 1
+        raise SystemExit(_with_rank(error.code) if first else 1) from None
+    finally:
+        leave_groups()
 
 
 def leave_groups() -> None:
@@ -152,254 +157,23 @@ def leave_groups() -> None:
     dist.destroy_process_group()
 
 
-def _address(dist_url: str) -> tuple[str, int]:
-    try:
-        parts = urlsplit(dist_url)
-        host, port = parts.hostname, parts.port
-    except ValueError:  # a port that is no number
-        host = port = None
-    if host is None or not port or parts.scheme != "tcp":
-        raise ValueError(f"--dist-url {dist_url}: write tcp://HOST:PORT, or auto on one machine.")
-    return host, port
+def _needs_gpus() -> bool:
+    """Whether detectron2's launch is that of an unchanged v0.6."""
+    return "cuda is not available" in inspect.getsource(sys.modules["detectron2.engine.launch"])
 
 
-def _check_gpus(num_processes: int) -> None:
-    """One process per GPU; without GPUs as many as one likes."""
-    if torch.cuda.is_available() and num_processes > torch.cuda.device_count():
-        raise ValueError(
-            f"--num-gpus {num_processes}: this machine has {torch.cuda.device_count()}."
-        )
-
-
-def _open_store(job: _Job) -> TCPStore:
-    """The store in which processes find each other and note failures. The launcher of machine 0
-    holds it, and not its first process, so that it outlives any process."""
-    try:
-        return TCPStore(
-            job.host,
-            job.port,
-            is_master=job.machine_rank == 0,
-            timeout=job.timeout,
-            wait_for_workers=False,
-        )
-    except RuntimeError as error:
-        url = f"--dist-url tcp://{job.host}:{job.port}"
-        if job.machine_rank == 0:
-            raise ValueError(
-                f"{url} cannot be opened here, on machine 0: the port is taken, or not to be had. "
-                f"Choose another one on all machines. ({_first_line(error)})"
-            ) from error
-        raise ValueError(
-            f"{url}: machine 0 did not answer within {job.timeout.total_seconds() / 60:g} minutes. "
-            f"Start it with --machine-rank 0, and look at name, port and firewall. "
-            f"({_first_line(error)})"
-        ) from error
-
-
-def _check_machines(job: _Job, store: TCPStore) -> None:
-    """Compares this launch with those of the other machines, which would wait for ever for ranks
-    that nobody has."""
-    mine = f"--num-gpus {job.num_processes} --num-machines {job.num_machines}"
-    mistake = ""
-    theirs = store.compare_set("job", "", mine).decode()
-    if theirs != mine:
-        mistake = f"{mine} here, but {theirs} on another machine: give all of them the same."
-    elif store.add(f"machine/{job.machine_rank}", 1) > 1:
-        mistake = (
-            f"--machine-rank {job.machine_rank}: another launch has this number. Give each of the "
-            f"{job.num_machines} machines one of its own."
-        )
-    if mistake:
-        FailureLog(store, job.world_size).add(job.first_rank, mistake)
-        raise ValueError(mistake)
-
-
-def _worker(local_rank: int, job: _Job, main: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """What a started process does."""
-    rank = job.first_rank + local_rank
-    store = TCPStore(job.host, job.port, is_master=False, timeout=job.timeout)
-    log = FailureLog(store, job.world_size)
-    try:
-        _set_up_process(local_rank, job.num_processes)
-        # The group has a connection of its own: its threads may use it at any time.
-        group_store = TCPStore(job.host, job.port, is_master=False, timeout=job.timeout)
-        dist.init_process_group(
-            _backend(),
-            store=PrefixStore("group", group_store),
-            world_size=job.world_size,
-            rank=rank,
-            timeout=job.timeout,
-        )
-        _create_local_group(job.num_processes, job.num_machines, job.machine_rank, job.timeout)
-        comm.synchronize()
-        main(*args)
-    except BaseException as error:
-        with suppress(RuntimeError):  # where the launcher is gone there is nobody to tell
-            # Before the connections to the others close, so that their failures come after this.
-            log.add_exception(rank, error)
-        sys.exit(1)  # the launcher says the rest
-    finally:
-        leave_groups()
-    store.set(f"done/{rank}", "1")
-
-
-def _set_up_process(local_rank: int, num_processes: int) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        # Without a share of the cores each, the processes wait for one another's threads.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_processes))
-
-
-def _backend() -> str:
-    return "nccl" if torch.cuda.is_available() else "gloo"
-
-
-def _create_local_group(
-    num_processes: int, num_machines: int, machine_rank: int, timeout: timedelta
-) -> None:
+def _create_local_group(local_size: int, timeout: timedelta) -> None:
     """Tells detectron2 which processes share a machine; v0.6 does so in its own launch only."""
     if hasattr(comm, "create_local_process_group"):
-        comm.create_local_process_group(num_processes)
+        comm.create_local_process_group(local_size)
         return
-    for machine in range(num_machines):
-        ranks = range(machine * num_processes, (machine + 1) * num_processes)
-        group = dist.new_group(list(ranks), timeout=timeout)
-        if machine == machine_rank:
+    for first in range(0, comm.get_world_size(), local_size):
+        ranks = list(range(first, first + local_size))
+        group = dist.new_group(ranks, timeout=timeout)
+        if comm.get_rank() in ranks:
             comm._LOCAL_PROCESS_GROUP = group
 
 
-def _watch(processes: Sequence[BaseProcess], job: _Job, store: TCPStore) -> None:
-    """Waits until the processes of all machines are done.
-
-    Raises:
-        ProcessFailedError: one is not, anywhere in the job; or machine 0 no longer answers.
-    """
-    log = FailureLog(store, job.world_size)
-    try:
-        while log.is_empty() and _are_at_work(processes, job, store):
-            running = [process.sentinel for process in processes if process.is_alive()]
-            if running:
-                wait(running, timeout=_POLL)
-            else:
-                time.sleep(_POLL)
-            _note_deaths(processes, job, store, log)
-        _note_deaths(processes, job, store, log)  # of one that has just ended
-        if log.is_empty():
-            _leave(job, store)
-            return
-        several = job.num_machines > 1
-        end = time.monotonic() + (_GRACE_BETWEEN_MACHINES if several else _GRACE)
-        # On several machines the cause may be known to another launcher, and not yet noted.
-        while time.monotonic() < end and (several or any(p.is_alive() for p in processes)):
-            time.sleep(_POLL / 10)
-            _note_deaths(processes, job, store, log)
-        error = log.error()
-        _stop(processes)
-        _leave(job, store)
-    except RuntimeError as lost:
-        raise ProcessFailedError(
-            f"the launcher of machine 0, at tcp://{job.host}:{job.port}, is no longer there: "
-            f"{_first_line(lost)}"
-        ) from lost
-    raise error
-
-
-def _are_at_work(processes: Sequence[BaseProcess], job: _Job, store: TCPStore) -> bool:
-    """Whether this launcher has to wait: for its processes, and on machine 0, which holds the
-    store, for the other launchers."""
-    if any(process.is_alive() for process in processes):
-        return True
-    return job.machine_rank == 0 and store.add("left", 0) < job.num_machines - 1
-
-
-def _note_deaths(
-    processes: Sequence[BaseProcess], job: _Job, store: TCPStore, log: FailureLog
-) -> None:
-    """Notes processes that are gone, neither done nor with a failure of their own."""
-    for rank, process in enumerate(processes, start=job.first_rank):
-        if process.exitcode is None or log.has(rank):
-            continue
-        done = store.compare_set(f"done/{rank}", "", "") == b"1"
-        if not done or process.exitcode != 0:
-            log.add_death(rank, process.exitcode)
-
-
-def _leave(job: _Job, store: TCPStore) -> None:
-    """Tells machine 0 that this launcher needs its store no more; there, waits for all others."""
-    if job.machine_rank != 0:
-        store.add("left", 1)
-        return
-    end = time.monotonic() + _FAREWELL
-    while store.add("left", 0) < job.num_machines - 1 and time.monotonic() < end:
-        time.sleep(_POLL / 10)
-
-
-def _stop(processes: Sequence[BaseProcess]) -> None:
-    """Ends what still runs."""
-    for process in processes:
-        if process.is_alive():
-            process.terminate()
-    end = time.monotonic() + _TERMINATION
-    for process in processes:
-        process.join(max(0.0, end - time.monotonic()))
-        if process.is_alive():
-            process.kill()
-            process.join()
-
-
-def _is_under_torchrun() -> bool:
-    """Whether somebody has started the processes already, as torchrun does, and says so in the
-    environment."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"))
-
-
-def _check_torchrun(
-    num_processes: int, num_machines: int, machine_rank: int, dist_url: str
-) -> None:
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-    conflicts = []
-    if num_processes not in (1, local_size):
-        conflicts.append(f"--num-gpus {num_processes}")
-    if num_machines != 1:
-        conflicts.append(f"--num-machines {num_machines}")
-    if machine_rank != 0:
-        conflicts.append(f"--machine-rank {machine_rank}")
-    if dist_url != "auto":
-        conflicts.append(f"--dist-url {dist_url}")
-    if conflicts:
-        raise ValueError(
-            f"{' '.join(conflicts)} under torchrun, which has started {local_size} process(es) "
-            f"here and {os.environ['WORLD_SIZE']} in all: leave such flags to torchrun, or start "
-            "without it."
-        )
-    _check_gpus(local_size)
-
-
-def _join_torchrun(main: Callable[..., Any], args: tuple[Any, ...], timeout: timedelta) -> None:
-    """Runs `main` in the group of torchrun, which stops the others when this process fails."""
-    local_rank, world_size = int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
-    if world_size == 1:
-        main(*args)
-        return
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
-    dist.init_process_group(_backend(), timeout=timeout)
-    rank = dist.get_rank()
-    try:
-        _create_local_group(local_size, world_size // local_size, rank // local_size, timeout)
-        comm.synchronize()
-        # torchrun's report then has the error of the process that failed first.
-        record(main)(*args)
-    except SystemExit as error:
-        if not isinstance(error.code, str):
-            raise
-        where = f"rank {rank} of {world_size} on {host_name()}"
-        raise SystemExit(f"error: {where}: {error.code.removeprefix('error: ')}") from error
-    finally:
-        leave_groups()
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _with_rank(line: str) -> str:
+    where = f"rank {comm.get_rank()} of {comm.get_world_size()} on {socket.gethostname()}"
+    return f"error: {where}: {line.removeprefix('error: ')}"

@@ -1,4 +1,10 @@
-"""Jobs for `launch`: one that ends well, and one of which a process dies."""
+"""Jobs for train_net.py's `start`: one that ends well, and one of which a process dies.
+
+    python tests/engine/dying.py JOB FOLDER [FLAG ...]
+
+runs a job with flags of train_net.py, and writes the time when it ends: on a busy machine the end
+of an interpreter takes longer than all else.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +14,21 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+# ruff: noqa: E402
+import train_net  # isort: skip  (which silences the warnings of detectron2 0.6)
 import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 
-ROOT = Path(__file__).parents[2]
+TIMEOUT = timedelta(seconds=8)
 
 
 def free_port() -> int:
@@ -23,7 +37,7 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
-def report(folder: str) -> None:
+def report(folder: str, _: Namespace) -> None:
     """Writes what detectron2 knows of this process."""
     gathered = comm.gather(f"hello from {comm.get_rank()}")
     lines = [
@@ -35,49 +49,52 @@ def report(folder: str) -> None:
     Path(folder, str(comm.get_rank())).write_text("\n".join(lines))
 
 
-def die(how: str, folder: str) -> None:
+def die(how: str, folder: str, _: Namespace) -> None:
     """The last rank dies in one of several ways, while the others go on to wait for it."""
     total = torch.zeros(1)
     dist.all_reduce(total)
+    Path(folder, f"pid{comm.get_rank()}").write_text(str(os.getpid()))
+    if how == "mistake":  # which all make
+        raise SystemExit("error: x.png is missing.")
     if comm.get_rank() == comm.get_world_size() - 1:
         Path(folder, "time").write_text(str(time.time()))
         if how == "raises":
             raise KeyError("palette")
-        if how == "mistake":
-            raise SystemExit("error: x.png is missing.")
-        if how == "leaves":
-            os._exit(0)
         if how == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(600)
     while True:
         dist.all_reduce(total)
+        time.sleep(0.01)
 
 
-REASONS = {
-    "raises": "KeyError: 'palette'",
-    "mistake": "x.png is missing.",
-    "leaves": "left before its work was done, with exit code 0",
-    "killed": "killed by SIGKILL, as by the system when memory runs out",
-}
+def command(job: str, folder: Path | str, *flags: str) -> list[str]:
+    return [sys.executable, "-W", "ignore", __file__, job, str(folder), *flags]
 
 
-def start(arguments: str, **environment: str) -> subprocess.Popen[str]:
-    """Another process that calls `launch(<arguments>)` of functions of this module, and then writes
-    the time: on a busy machine the end of an interpreter takes longer than all else."""
-    code = (
-        "import sys, time\n"
-        "from contrast_d2.engine import ProcessFailedError, launch\n"
-        "from tests.engine.dying import die, report\n"
-        f"try:\n    launch({arguments})\n"
-        "except (ProcessFailedError, ValueError) as error:\n    sys.exit(f'error: {error}')\n"
-        "finally:\n    print(time.time())\n"
-    )
+def start(job: str, folder: Path | str, *flags: str, **environment: str) -> subprocess.Popen[str]:
+    """Another process that runs a job."""
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", code],
+        command(job, folder, *flags),
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def main() -> None:
+    job, folder, *flags = sys.argv[1:]
+    args = train_net.argument_parser().parse_args(flags)
+    function = partial(report, folder) if job == "report" else partial(die, job, folder)
+    try:
+        with train_net.one_line_errors():
+            train_net.check_launch(args)
+        train_net.start(function, args, TIMEOUT if job == "hangs" else timedelta(minutes=5))
+    finally:
+        Path(folder, "ended").write_text(str(time.time()))
+
+
+if __name__ == "__main__":
+    main()

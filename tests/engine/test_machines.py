@@ -48,13 +48,13 @@ def test_two_machines_train_what_one_does(one_launch: Path, tmp_path: Path) -> N
     url = f"tcp://127.0.0.1:{free_port()}"
     job = ("--num-machines", "2", "--dist-url", url, "--machine-rank")
     finish(*(start(tmp_path, flags=(*job, str(machine))) for machine in (0, 1)))
-    assert "Process 1 of 2" in (tmp_path / "log.txt.rank1").read_text()
+    assert "Rank of current process: 1. World size: 2" in (tmp_path / "log.txt.rank1").read_text()
     assert_identical(load(one_launch / "model_final.pth"), load(tmp_path / "model_final.pth"))
 
 
 def test_torchrun_trains_what_a_launch_does(one_launch: Path, tmp_path: Path) -> None:
     finish(start(tmp_path, *TORCHRUN, "2", "--master-port", str(free_port())))
-    assert "Process 1 of 2" in (tmp_path / "log.txt.rank1").read_text()
+    assert "Rank of current process: 1. World size: 2" in (tmp_path / "log.txt.rank1").read_text()
     assert_identical(load(one_launch / "model_final.pth"), load(tmp_path / "model_final.pth"))
 
 
@@ -73,4 +73,4 @@ def test_a_mistake_gets_one_line_of_one_process(tmp_path: Path) -> None:
     lines = [line for line in errors.splitlines() if "error" in line.lower()]
     assert len(lines) == 1 and "Traceback" not in errors
     assert lines[0].startswith("error: rank ")
-    assert "nothing to evaluate" in lines[0]
+    assert "no weights" in lines[0]

@@ -23,7 +23,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "install_detectron2.py"
-VERSION = "0.6+purepython"
+VERSION = "0.6+purepython.2"
 HIDDEN = ("detectron2", "contrast_d2", "__editable__", "__pycache__")
 
 # What the project does with detectron2, and the behaviour of the stand-in for compiled operators.
