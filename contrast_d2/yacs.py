@@ -106,7 +106,8 @@ def load_yacs(path: str, overrides: Sequence[str] = ()) -> CfgNode:
         cfg.merge_from_other_cfg(CfgNode(values))
     except KeyError as error:
         key = error.args[0].rpartition(" ")[2]
-        raise ValueError(f"unknown config key {key}. {did_you_mean(key, flat(cfg))}") from error
+        near = did_you_mean(key, flat(cfg))
+        raise ValueError(f"--config-file {path}: unknown config key {key}. {near}") from error
     except (
         *(AssertionError, AttributeError, OSError, TypeError, ValueError),
         yaml.YAMLError,
@@ -120,6 +121,8 @@ def _literal(text: str) -> Any:
     try:
         return ast.literal_eval(text)
     except (SyntaxError, ValueError):
+        if text.startswith("{"):
+            raise ValueError(f"{text!r}: write it as in Python, {{'res2': 1.0}}.") from None
         return text
 
 
