@@ -329,14 +329,14 @@ def _check_all_read(cfg: CfgNode, read: set[str]) -> None:
     add_contrast_config(default)
     defaults = flat(default)
     off = () if cfg.MODEL.CONTRAST.NAME else ("MODEL.CONTRAST.OPTIONS.",)
-    unread = {
-        key: value
+    settings = ", ".join(
+        f"{key}={value!r}"
         for key, value in flat(cfg).items()
-        if key not in read and value != defaults.get(key) and not key.startswith(off)
-    }
-    unread = {key: value for key, value in unread.items() if value != _AS_HERE.get(key)}
-    if unread:
-        settings = ", ".join(f"{key}={value!r}" for key, value in unread.items())
+        if value not in (defaults.get(key), _AS_HERE.get(key, defaults.get(key)))
+        and key not in read
+        and not key.startswith(off)
+    )
+    if settings:
         raise ValueError(
             f"{settings}: not read with these settings. Leave keys without effect at their "
             "defaults; what detectron2 has no keys for is in docs/configs.md."

@@ -86,6 +86,3 @@ def test_mistakes_in_options(options: dict[str, object], message: str) -> None:
 def test_what_is_missing() -> None:
     with pytest.raises(ValueError, match="A.WIDTH is not set, and has no default"):
         arguments_of(Whole, {"RATE": 0.5}, "A")
-    section = {"NAME": "mscs", "OPTIONS": {}}
-    with pytest.raises(ValueError, match=r"'mscs' is not in .*Did you mean ms_cs\?.*--import"):
-        build_named(CONTRAST_REGISTRY, section, "PATH", KNOWN)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,6 @@ import torch
 from detectron2.config import CfgNode, LazyConfig, configurable, get_cfg, instantiate
 from detectron2.engine import DefaultTrainer
 from detectron2.evaluation import SemSegEvaluator
-from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from detectron2.solver import build_optimizer
 from detectron2.utils.registry import locate
@@ -27,13 +28,11 @@ from contrast_d2.backbones import without_starting_weights
 from contrast_d2.evaluation.runs import load_saved_config
 from contrast_d2.yacs import ReadKeys, load_yacs, tree_from_yacs
 
-from .tiny import TinyBackbone
-
 ROOT = Path(__file__).parents[1]
 CAMVID = ROOT / "configs/camvid"
 FILES = [p for p in sorted((ROOT / "configs").rglob("*.yaml")) if p.parent.name != "ablations"]
 PAIRS = [path for path in FILES if path.with_suffix(".py").exists()]
-BASE, MS_CS = (str(CAMVID / f"semfpn_r18_{name}_6k.yaml") for name in ("base", "ms_cs"))
+MS_CS = str(CAMVID / "semfpn_r18_ms_cs_6k.yaml")
 OFFLINE = ["MODEL.BACKBONE.OPTIONS.PRETRAINED", "False"]
 
 
@@ -102,8 +101,10 @@ def test_names() -> None:
 
 
 def test_detectron2s_own_backbone_and_head() -> None:
+    random = torch.random.get_rng_state()
     cfg = load_yacs(str(CAMVID / "semfpn_r50fpn_ms_cs_6k.yaml"), ["MODEL.FPN.OUT_CHANNELS", "16"])
     tree = tree_from_yacs(cfg)
+    assert torch.equal(torch.random.get_rng_state(), random)
     assert tree.train.init_checkpoint.endswith("R-50.pkl") and tree.train.allow_pickle
     assert {tree.dataloader[name].mapper.image_format for name in ("train", "test")} == {"BGR"}
     model = instantiate(tree.model).train()
@@ -227,34 +228,70 @@ def test_keys_that_are_read_are_noted(read: Callable[[CfgNode], Any], expected: 
     assert keys.read == expected
 
 
-def test_a_backbone_of_ones_own() -> None:
-    def build_tiny(cfg: CfgNode, input_shape: ShapeSpec) -> TinyBackbone:
-        options = cfg.MODEL.BACKBONE.OPTIONS
-        backbone = TinyBackbone()
-        if options.EXACT:  # as builders that look at values do; impossible without memory
-            assert backbone.stem.weight.abs().sum().item() > 0
-        return backbone
+MODULE = """
+from detectron2.modeling import BACKBONE_REGISTRY
+from contrast_d2.backbones import TimmBackbone
 
-    BACKBONE_REGISTRY.register(build_tiny)
-    try:
-        options = [
-            *("MODEL.BACKBONE.NAME", "build_tiny", "MODEL.SEM_SEG_HEAD.IN_FEATURES", "('res2',)"),
-            *("MODEL.SEM_SEG_HEAD.NAME", "FCNDecoder", "MODEL.SEM_SEG_HEAD.NORM", "BN"),
-            *("MODEL.CONTRAST.NAME", "pixel", "MODEL.CONTRAST.OPTIONS.FEATURE", "concat"),
-        ]
-        for exact in (True, False):
-            value = f"{{'EXACT': {exact}}}"
-            cfg = load_yacs(BASE, [*options, "MODEL.BACKBONE.OPTIONS", value])
-            random = torch.random.get_rng_state()
-            tree = tree_from_yacs(cfg)
-            assert torch.equal(torch.random.get_rng_state(), random)
-            projector = instantiate(tree.model).contrast.projector
-            assert next(projector.heads["concat"].parameters()).shape[1] == 8
-        with pytest.raises(ValueError, match="OPTIONS.UNUSED=3: not read"):
-            value = "{'EXACT': False, 'UNUSED': 3}"
-            tree_from_yacs(load_yacs(BASE, [*options, "MODEL.BACKBONE.OPTIONS", value]))
-    finally:
-        del BACKBONE_REGISTRY._obj_map["build_tiny"]
+
+@BACKBONE_REGISTRY.register()
+def build_mine(cfg, input_shape):
+    options = cfg.MODEL.BACKBONE.OPTIONS
+    backbone = TimmBackbone(options.MODEL)
+    if options.EXACT:  # as builders that look at values do; impossible without memory
+        assert float(backbone.model.conv1[0].weight.detach().abs().sum()) > 0
+    return backbone
+"""
+YAML = """
+MODEL:
+  META_ARCHITECTURE: ContrastiveSegmentor
+  BACKBONE: {NAME: build_mine, OPTIONS: {MODEL: test_resnet, EXACT: True}}
+  SEM_SEG_HEAD: {NAME: FCNDecoder, NORM: BN, IN_FEATURES: [res2, res3], NUM_CLASSES: 9}
+  CONTRAST: {NAME: pixel, OPTIONS: {FEATURE: concat, WARMUP_ITERS: 0, PROJECTOR: {EMBED_DIM: 8}}}
+DATASETS: {TRAIN: [shapes_sem_seg_val], TEST: [shapes_sem_seg_val]}
+DATALOADER: {NUM_WORKERS: 1}
+INPUT: {CROP: {ENABLED: True, TYPE: absolute, SIZE: [64, 64]}}
+SOLVER: {IMS_PER_BATCH: 4, MAX_ITER: 4, LR_SCHEDULER_NAME: WarmupCosineLR, CHECKPOINT_PERIOD: 2}
+TRAIN: {LOG_PERIOD: 1}
+OUTPUT_DIR: out
+"""
+
+
+@pytest.mark.slow
+def test_the_command_with_a_backbone_of_ones_own(tmp_path: Path) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        result = subprocess.run(
+            [sys.executable, str(ROOT / "train_net.py"), *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            capture_output=True,
+            text=True,
+        )
+        return result.returncode, result.stdout + result.stderr
+
+    (tmp_path / "my_parts.py").write_text(MODULE)
+    (tmp_path / "my.yaml").write_text(YAML)
+    flags = ["--config-file", "my.yaml", "--import", "my_parts.py"]
+    code, text = run(*flags, "SOLVER.MAX_ITER", "2")
+    assert code == 0, text[-3000:]
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.json").read_text().splitlines()]
+    assert "loss_contrast_concat" in rows[0]
+    code, text = run(*flags, "--resume", "TEST.EVAL_PERIOD", "4")
+    assert code == 0 and "Starting training from iteration 2" in text, text[-3000:]
+    scores = tmp_path / "out/inference/shapes_sem_seg_val/sem_seg_evaluation.json"
+    before = scores.read_text()
+    scores.unlink()
+    saved = ["--config-file", "out/config.yaml", "--eval-only"]
+    code, text = run(*saved, "--import", "my_parts", "dataloader.test.num_workers=0")
+    assert code == 0 and json.loads(scores.read_text()) == json.loads(before), text[-3000:]
+    for arguments, message in (
+        (saved, "error: 'build_mine' is not in the BACKBONE registry"),
+        (
+            [*flags, "MODEL.BACKBONE.OPTIONS.UNUSED", "3"],
+            "error: MODEL.BACKBONE.OPTIONS.UNUSED=3: ",
+        ),
+    ):
+        code, text = run(*arguments)
+        assert code == 1 and message in text and "Traceback" not in text
 
 
 class WithEvaluator(DefaultTrainer):
