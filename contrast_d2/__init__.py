@@ -1,6 +1,19 @@
-"""Supervised contrastive learning for semantic segmentation, on detectron2."""
+"""Supervised contrastive learning for semantic segmentation, on detectron2.
+
+Importing the package fills detectron2's registries: backbones, semantic heads, the
+meta-architecture and the datasets. `contrast_d2.contrast` does without detectron2.
+"""
+
+from importlib.util import find_spec
 
 from .resources import get_config
 
 __all__ = ["get_config"]
 __version__ = "0.1.0"
+__all__ = ["__version__"]
+
+if find_spec("detectron2") is not None:
+    from . import backbones, data, decoders, segmentor  # noqa: F401
+    from .yacs import add_contrast_config  # noqa: F401
+
+    __all__ += ["add_contrast_config"]

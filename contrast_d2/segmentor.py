@@ -9,19 +9,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from detectron2.modeling import Backbone, SemanticSegmentor
+from detectron2.config import CfgNode, configurable
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, SemanticSegmentor
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .losses import SegLoss, upsample
-from .structures import SegOutput
+from .registries import CONTRAST_REGISTRY, SEG_LOSS_REGISTRY, build_named
+from .structures import SegOutput, decode
 
 __all__ = ["ContrastiveSegmentor", "SegOutput", "inference_state_dict", "is_training_only"]
 
 _TRAINING_PREFIXES = ("contrast.", "seg_loss.")
 
 
+@META_ARCH_REGISTRY.register()
 class ContrastiveSegmentor(SemanticSegmentor):
     """Semantic segmentation trained with an optional contrast method on its features.
 
@@ -30,7 +33,8 @@ class ContrastiveSegmentor(SemanticSegmentor):
 
     Args:
         backbone: images -> feature maps by name.
-        sem_seg_head: feature maps -> `SegOutput`. It sees no labels and computes no loss.
+        sem_seg_head: a decoder of ours, or a head of detectron2 that has `layers`. Losses of its
+            own are not used.
         pixel_mean, pixel_std: per channel, in the units of the input images (0..255).
         seg_loss: (`SegOutput`, labels) -> losses by name.
         contrast: (feature maps, logits, labels) -> `ContrastOutput`; None for the baseline.
@@ -39,8 +43,13 @@ class ContrastiveSegmentor(SemanticSegmentor):
     Attributes:
         statistics: 0-dim tensors by name, which the contrast method left of the last training
             batch, for the trainer to log.
+
+    Raises:
+        ValueError: a head that gives no logits without losses, or numbers that do not make a mean
+            and a deviation per channel.
     """
 
+    @configurable
     def __init__(
         self,
         *,
@@ -63,6 +72,13 @@ class ContrastiveSegmentor(SemanticSegmentor):
                 f"pixel_mean={list(pixel_mean)}, pixel_std={list(pixel_std)}: needs one of each "
                 "per channel, and deviations above 0."
             )
+        if not (hasattr(sem_seg_head, "decode") or hasattr(sem_seg_head, "layers")):
+            name = type(sem_seg_head).__name__
+            raise ValueError(
+                f"sem_seg_head={name}: has neither decode(features) nor layers(features). Give it "
+                "a subclass with a `layers` that returns the logits, as DeepLabV3HeadWithLayers "
+                "is one of detectron2's DeepLabV3Head."
+            )
         self.seg_loss = seg_loss
         self.contrast = contrast
         self.ignore_label = ignore_label
@@ -72,6 +88,26 @@ class ContrastiveSegmentor(SemanticSegmentor):
         self._size_divisibility = backbone.size_divisibility or max(
             shape.stride for shape in backbone.output_shape().values()
         )
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        """What detectron2 builds, with the loss of MODEL.SEG_LOSS and the method of
+        MODEL.CONTRAST."""
+        parts = super().from_config(cfg)
+        head, model = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL
+        labels = {"num_classes": head.NUM_CLASSES, "ignore_label": head.IGNORE_VALUE}
+        known = {"dataset": labels}
+        seg_loss = build_named(SEG_LOSS_REGISTRY, model.SEG_LOSS, "MODEL.SEG_LOSS", known)
+        contrast = None
+        if model.CONTRAST.NAME:
+            known["channels"] = _channels(parts["backbone"], parts["sem_seg_head"])
+            contrast = build_named(CONTRAST_REGISTRY, model.CONTRAST, "MODEL.CONTRAST", known)
+        return {
+            **parts,
+            "seg_loss": seg_loss,
+            "contrast": contrast,
+            "ignore_label": head.IGNORE_VALUE,
+        }
 
     def forward(self, batched_inputs: list[dict[str, Any]]):
         """Runs a batch.
@@ -90,7 +126,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
         """
         images = self._normalise(batched_inputs)
         features = self.backbone(images)
-        output = self.sem_seg_head(features)
+        output = decode(self.sem_seg_head, features)
         if not self.training:
             return self._at_output_size(output.logits, images, batched_inputs)
 
@@ -153,6 +189,18 @@ def inference_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def is_training_only(name: str) -> bool:
     """Whether a name of the model's state belongs to the contrast method or to a loss."""
     return name.startswith(_TRAINING_PREFIXES)
+
+
+@torch.no_grad()
+def _channels(backbone: Backbone, head: nn.Module) -> dict[str, int]:
+    """Channels of the maps of backbone and head by name; the head is run to see its own."""
+    shapes = backbone.output_shape()
+    side = max(shape.stride for shape in shapes.values())
+    # Two images: norms refuse a single value per channel, also in evaluation.
+    maps = {n: torch.zeros(2, s.channels, *[side // s.stride] * 2) for n, s in shapes.items()}
+    features = decode(head.eval(), maps).features if hasattr(head, "decode") else {}
+    head.train()
+    return {name: x.shape[1] for name, x in {**maps, **features}.items()}
 
 
 def _stack(tensors: list[Tensor], divisibility: int, fill: float = 0) -> Tensor:

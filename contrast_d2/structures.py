@@ -1,10 +1,11 @@
-"""What decoders hand to the losses."""
+"""What decoders hand to the losses, and how to get it of any head."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class SegOutput(NamedTuple):
@@ -20,3 +21,16 @@ class SegOutput(NamedTuple):
     logits: Tensor
     aux_logits: Tensor | None
     features: dict[str, Tensor]
+
+
+def decode(head: nn.Module, features: Mapping[str, Tensor]) -> SegOutput:
+    """The output of a semantic head: by `decode`, which ours have, or by `layers`, which
+    detectron2's have and which gives the logits alone.
+
+    Args:
+        head: has one of the two.
+        features: maps (B, C, h, w) by name.
+    """
+    if hasattr(head, "decode"):
+        return head.decode(features)  # pyright: ignore[reportCallIssue]
+    return SegOutput(head.layers(features), None, {})  # pyright: ignore[reportCallIssue]

@@ -12,10 +12,12 @@ from typing import Any
 
 import timm
 import torch
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import Backbone
+from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from ..registries import arguments_of
 from .freezing import modules_without_training, parameters_of_maps, parameters_of_stages
 from .recomputation import recompute_blocks
 from .swin import pad_before_shift
@@ -24,6 +26,7 @@ from .weights import load_weights_file
 _DEFAULT_FEATURES = ("res2", "res3", "res4", "res5")
 
 
+@BACKBONE_REGISTRY.register()
 class TimmBackbone(Backbone):
     """A timm model whose feature maps carry detectron2's names.
 
@@ -57,6 +60,7 @@ class TimmBackbone(Backbone):
             stochastic depth, blocks or stem; the file does not fit the model.
     """
 
+    @configurable
     def __init__(
         self,
         name: str,
@@ -97,6 +101,11 @@ class TimmBackbone(Backbone):
         self._out_features = list(shapes)
         self._out_feature_channels = {name: shape.channels for name, shape in shapes.items()}
         self._out_feature_strides = {name: shape.stride for name, shape in shapes.items()}
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        """The arguments that MODEL.BACKBONE.OPTIONS of a yaml config holds."""
+        return arguments_of(cls, cfg.MODEL.BACKBONE.OPTIONS, "MODEL.BACKBONE.OPTIONS")
 
     @property
     def size_divisibility(self) -> int:

@@ -67,9 +67,9 @@ def without_starting_weights(model: DictConfig) -> DictConfig:
     """
     model = model.copy()
     for node in _nodes(model):
-        for key, none in _STARTING_WEIGHTS.items():
-            if isinstance(node, DictConfig) and key in node:
-                node[key] = none
+        for key in list(node) if isinstance(node, DictConfig) else ():
+            if str(key).lower() in _STARTING_WEIGHTS:  # in yaml configs in upper case
+                node[key] = _STARTING_WEIGHTS[str(key).lower()]
     return model
 
 

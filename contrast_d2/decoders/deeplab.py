@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from detectron2.config import configurable
 from detectron2.layers import ASPP, DepthwiseSeparableConv2d, ShapeSpec
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from detectron2.projects.deeplab import DeepLabV3Head
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..structures import SegOutput
+from .head import Decoder
 from .layers import (
     AuxiliaryHead,
     channel_dropout,
@@ -26,7 +30,8 @@ from .layers import (
 _DILATIONS = {8: (12, 24, 36), 16: (6, 12, 18)}
 
 
-class DeepLabV3Decoder(nn.Module):
+@SEM_SEG_HEADS_REGISTRY.register()
+class DeepLabV3Decoder(Decoder):
     """detectron2's `ASPP` and a 1x1 convolution, at the stride of the map that they stand on.
 
     The image is pooled whole, whatever its size, and that branch has no norm, which on one image
@@ -44,6 +49,7 @@ class DeepLabV3Decoder(nn.Module):
         dropout: rate of channel dropout before the last convolution and in the auxiliary head.
         aux_feature: map of an auxiliary head, `res4` in many trainings; None for no such head.
         aux_channels: width of the auxiliary head.
+        ignore_value: as for `Decoder`.
 
     Raises:
         ValueError: no such map, a stride without dilations, or not three of them.
@@ -52,6 +58,7 @@ class DeepLabV3Decoder(nn.Module):
         section 3.3.
     """
 
+    @configurable
     def __init__(
         self,
         input_shape: Mapping[str, ShapeSpec],
@@ -64,8 +71,9 @@ class DeepLabV3Decoder(nn.Module):
         dropout: float = 0.1,
         aux_feature: str | None = None,
         aux_channels: int = 256,
+        ignore_value: int = 255,
     ) -> None:
-        super().__init__()
+        super().__init__(shape_of(input_shape, "in_feature", in_feature).stride, ignore_value)
         self.in_feature = in_feature
         self.aspp = _aspp(input_shape, in_feature, dilations, channels, norm)
         self.dropout = channel_dropout(dropout)
@@ -76,7 +84,7 @@ class DeepLabV3Decoder(nn.Module):
                 input_shape, aux_feature, aux_channels, num_classes, norm=norm, dropout=dropout
             )
 
-    def forward(self, features: Mapping[str, Tensor]) -> SegOutput:
+    def decode(self, features: Mapping[str, Tensor]) -> SegOutput:
         """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w), in training those of the
         auxiliary head, and as feature `pre_logits` what is classified, before dropout."""
         pre_logits = self.aspp(features[self.in_feature])
@@ -85,7 +93,8 @@ class DeepLabV3Decoder(nn.Module):
         return SegOutput(logits, aux_logits, features={"pre_logits": pre_logits})
 
 
-class DeepLabV3PlusDecoder(nn.Module):
+@SEM_SEG_HEADS_REGISTRY.register()
+class DeepLabV3PlusDecoder(Decoder):
     """DeepLabV3 up to its classifier, refined with a shallow map at the stride of the latter.
 
     The shallow map is narrowed by a 1x1 convolution and joined with the pooled one; two 3x3
@@ -101,7 +110,7 @@ class DeepLabV3PlusDecoder(nn.Module):
         low_level_channels: width that the shallow map is narrowed to.
         separable: the 3x3 convolutions of pooling and decoder are depthwise separable, as the paper
             has them with Xception.
-        norm, dropout, aux_feature, aux_channels: as for `DeepLabV3Decoder`.
+        norm, dropout, aux_feature, aux_channels, ignore_value: as for `DeepLabV3Decoder`.
 
     Raises:
         ValueError: as `DeepLabV3Decoder`.
@@ -110,6 +119,7 @@ class DeepLabV3PlusDecoder(nn.Module):
         Segmentation", ECCV 2018, section 3.1.
     """
 
+    @configurable
     def __init__(
         self,
         input_shape: Mapping[str, ShapeSpec],
@@ -125,12 +135,13 @@ class DeepLabV3PlusDecoder(nn.Module):
         dropout: float = 0.1,
         aux_feature: str | None = None,
         aux_channels: int = 256,
+        ignore_value: int = 255,
     ) -> None:
-        super().__init__()
+        low_level = shape_of(input_shape, "low_level_feature", low_level_feature)
+        super().__init__(low_level.stride, ignore_value)
         self.in_feature = in_feature
         self.low_level_feature = low_level_feature
         self.aspp = _aspp(input_shape, in_feature, dilations, channels, norm, separable)
-        low_level = shape_of(input_shape, "low_level_feature", low_level_feature)
         self.project = conv_norm_relu(low_level.channels, low_level_channels, 1, norm=norm)
         conv = _separable_conv if separable else conv_norm_relu
         self.fuse = nn.Sequential(
@@ -145,7 +156,7 @@ class DeepLabV3PlusDecoder(nn.Module):
                 input_shape, aux_feature, aux_channels, num_classes, norm=norm, dropout=dropout
             )
 
-    def forward(self, features: Mapping[str, Tensor]) -> SegOutput:
+    def decode(self, features: Mapping[str, Tensor]) -> SegOutput:
         """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w) at the stride of the shallow
         map, in training those of the auxiliary head, and as feature `pre_logits` what is
         classified, before dropout."""
@@ -154,6 +165,16 @@ class DeepLabV3PlusDecoder(nn.Module):
         logits = self.predictor(self.dropout(pre_logits))
         aux_logits = None if self.aux_head is None else self.aux_head(features)
         return SegOutput(logits, aux_logits, features={"pre_logits": pre_logits})
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class DeepLabV3HeadWithLayers(DeepLabV3Head):
+    """detectron2's `DeepLabV3Head` with the `layers` that its other heads have: a head needs it to
+    train with contrast."""
+
+    def layers(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w)."""
+        return self.predictor(self.aspp(features[self.in_features[0]]))
 
 
 def _aspp(

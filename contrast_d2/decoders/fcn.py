@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
-from torch import Tensor, nn
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from torch import Tensor
 
 from ..structures import SegOutput
+from .head import Decoder
 from .layers import channel_dropout, classifier, conv_norm_relu, finest_first, join
 
 
-class FCNDecoder(nn.Module):
+@SEM_SEG_HEADS_REGISTRY.register()
+class FCNDecoder(Decoder):
     """Joins all maps at the finest one's size, then convolution - norm - ReLU - 1x1 convolution.
 
     Args:
@@ -26,6 +30,7 @@ class FCNDecoder(nn.Module):
             pixel contrast with 3 and a dropout of 0.1.
         norm: norm of the first convolution.
         dropout: rate of channel dropout before the last convolution.
+        ignore_value: as for `Decoder`.
 
     Raises:
         ValueError: no map, an even kernel, or a rate outside of [0, 1).
@@ -34,6 +39,7 @@ class FCNDecoder(nn.Module):
         TPAMI 2020, section 3.3 (HRNetV2).
     """
 
+    @configurable
     def __init__(
         self,
         input_shape: Mapping[str, ShapeSpec],
@@ -43,9 +49,10 @@ class FCNDecoder(nn.Module):
         kernel_size: int = 1,
         norm: str = "BN",
         dropout: float = 0.0,
+        ignore_value: int = 255,
     ) -> None:
-        super().__init__()
         shapes = finest_first(input_shape)
+        super().__init__(min(s.stride for s in shapes.values()), ignore_value)
         self.in_features = list(shapes)
         joined = sum(shape.channels for shape in shapes.values())
         hidden = joined if hidden_channels is None else hidden_channels
@@ -53,7 +60,7 @@ class FCNDecoder(nn.Module):
         self.dropout = channel_dropout(dropout)
         self.predictor = classifier(hidden, num_classes)
 
-    def forward(self, features: Mapping[str, Tensor]) -> SegOutput:
+    def decode(self, features: Mapping[str, Tensor]) -> SegOutput:
         """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w); the joined map as feature
         `concat`, and what is classified, before dropout, as `pre_logits`."""
         joined = join([features[name] for name in self.in_features])

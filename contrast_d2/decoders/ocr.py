@@ -10,10 +10,13 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 
 import torch
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ..structures import SegOutput
+from .head import Decoder
 from .layers import (
     ConvHead,
     channel_dropout,
@@ -26,7 +29,8 @@ from .layers import (
 )
 
 
-class OCRDecoder(nn.Module):
+@SEM_SEG_HEADS_REGISTRY.register()
+class OCRDecoder(Decoder):
     """Adds to each pixel what the object regions of the image, one per class, tell about it.
 
     An auxiliary head predicts the soft regions; a region's features are the mean of its pixels';
@@ -48,6 +52,7 @@ class OCRDecoder(nn.Module):
         region_kernel_size: of its first convolution. Wang et al., ICCV 2021, have 3.
         norm: norm of all convolutions, "" for none.
         dropout: rate of channel dropout before the last convolution.
+        ignore_value: as for `Decoder`.
 
     Raises:
         ValueError: no such map, an even kernel, or a rate outside of [0, 1).
@@ -56,6 +61,7 @@ class OCRDecoder(nn.Module):
         2020, section 3.
     """
 
+    @configurable
     def __init__(
         self,
         input_shape: Mapping[str, ShapeSpec],
@@ -69,10 +75,11 @@ class OCRDecoder(nn.Module):
         region_kernel_size: int = 1,
         norm: str = "BN",
         dropout: float = 0.05,
+        ignore_value: int = 255,
     ) -> None:
-        super().__init__()
         names = list(input_shape) if in_features is None else in_features
         shapes = finest_first({n: shape_of(input_shape, "in_features", n) for n in names})
+        super().__init__(min(s.stride for s in shapes.values()), ignore_value)
         self.in_features = list(shapes)
         joined = sum(shape.channels for shape in shapes.values())
         self.pixels = conv_norm_relu(joined, channels, 3, norm=norm)
@@ -93,7 +100,7 @@ class OCRDecoder(nn.Module):
         self.dropout = channel_dropout(dropout)
         self.predictor = classifier(channels, num_classes)
 
-    def forward(self, features: Mapping[str, Tensor]) -> SegOutput:
+    def decode(self, features: Mapping[str, Tensor]) -> SegOutput:
         """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w) at the size of the finest
         map, and always those of the regions, as the auxiliary ones; as feature `concat` the joined
         maps, and as `pre_logits` what is classified, before dropout."""

@@ -8,19 +8,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import reduce
 from itertools import pairwise
+from typing import Any
 
 import torch
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import FPN, Backbone
+from detectron2.modeling import FPN, SEM_SEG_HEADS_REGISTRY, Backbone
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
 from torch import Tensor
 
+from ..registries import arguments_of
 from ..structures import SegOutput
+from .head import chosen_maps
 
 # What detectron2's `get_norm` knows.
 _NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
+@SEM_SEG_HEADS_REGISTRY.register()
 class SemSegFPNDecoder(SemSegFPNHead):
     """detectron2's `SemSegFPNHead`, with the feature pyramid that it stands on.
 
@@ -36,10 +41,13 @@ class SemSegFPNDecoder(SemSegFPNHead):
         conv_dims: width of the head.
         norm: norm of the head's convolutions.
         common_stride: stride of the logits.
+        loss_weight, ignore_value: of the loss in `forward`, which is for detectron2's
+            `SemanticSegmentor`; `ContrastiveSegmentor` has losses of its own.
 
     Reference: Kirillov et al., "Panoptic Feature Pyramid Networks", CVPR 2019, section 3.1.
     """
 
+    @configurable
     def __init__(
         self,
         input_shape: Mapping[str, ShapeSpec],
@@ -50,6 +58,8 @@ class SemSegFPNDecoder(SemSegFPNHead):
         conv_dims: int = 128,
         norm: str = "GN",
         common_stride: int = 4,
+        loss_weight: float = 1.0,
+        ignore_value: int = 255,
     ) -> None:
         for name, value in (("norm", norm), ("fpn_norm", fpn_norm)):
             if value not in _NORMS:
@@ -66,10 +76,24 @@ class SemSegFPNDecoder(SemSegFPNHead):
             conv_dims=conv_dims,
             common_stride=common_stride,
             norm=norm,
+            loss_weight=loss_weight,
+            ignore_value=ignore_value,
         )
         self.fpn = fpn
 
-    def forward(self, features: Mapping[str, Tensor]) -> SegOutput:
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: Mapping[str, ShapeSpec]) -> dict[str, Any]:
+        """As of detectron2's head; `fpn_channels` and `fpn_norm` are in
+        MODEL.SEM_SEG_HEAD.OPTIONS."""
+        given = super().from_config(cfg, chosen_maps(cfg, input_shape))
+        options = cfg.MODEL.SEM_SEG_HEAD.OPTIONS
+        return arguments_of(cls, options, "MODEL.SEM_SEG_HEAD.OPTIONS", **given)
+
+    def layers(self, features: Mapping[str, Tensor]) -> Tensor:
+        """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w)."""
+        return self.decode(features).logits
+
+    def decode(self, features: Mapping[str, Tensor]) -> SegOutput:
         """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w); the pyramid's maps, and as
         feature `pre_logits` the map that is classified."""
         pyramid = {} if self.fpn is None else self.fpn(features)

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from detectron2.config import configurable
 from detectron2.layers import ShapeSpec
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ..structures import SegOutput
+from .head import Decoder
 from .layers import (
     AuxiliaryHead,
     channel_dropout,
@@ -23,7 +26,8 @@ from .layers import (
 )
 
 
-class UPerNetDecoder(nn.Module):
+@SEM_SEG_HEADS_REGISTRY.register()
+class UPerNetDecoder(Decoder):
     """Pyramid pooling on the deepest map, a feature pyramid down from it, and all levels joined.
 
     The maps of the pyramid are features for contrast methods, `p2` to `p5` of four maps: the
@@ -41,6 +45,7 @@ class UPerNetDecoder(nn.Module):
         aux_feature: map of an auxiliary head, `res4` where UPerNet is used with Swin; None for no
             such head.
         aux_channels: width of the auxiliary head.
+        ignore_value: as for `Decoder`.
 
     Raises:
         ValueError: no such map, or a rate outside of [0, 1).
@@ -49,6 +54,7 @@ class UPerNetDecoder(nn.Module):
         section 3.1.
     """
 
+    @configurable
     def __init__(
         self,
         input_shape: Mapping[str, ShapeSpec],
@@ -60,9 +66,10 @@ class UPerNetDecoder(nn.Module):
         dropout: float = 0.1,
         aux_feature: str | None = None,
         aux_channels: int = 256,
+        ignore_value: int = 255,
     ) -> None:
-        super().__init__()
         shapes = finest_first(input_shape)
+        super().__init__(min(s.stride for s in shapes.values()), ignore_value)
         self.in_features = list(shapes)
         self.out_features = [f"p{6 - len(shapes) + i}" for i in range(len(shapes))]
         *finer, deepest = (shape.channels for shape in shapes.values())
@@ -80,7 +87,7 @@ class UPerNetDecoder(nn.Module):
                 input_shape, aux_feature, aux_channels, num_classes, norm=norm, dropout=dropout
             )
 
-    def forward(self, features: Mapping[str, Tensor]) -> SegOutput:
+    def decode(self, features: Mapping[str, Tensor]) -> SegOutput:
         """Runs the decoder.
 
         Args:

@@ -4,7 +4,6 @@ modules that it needs."""
 from __future__ import annotations
 
 import argparse
-import ast
 import difflib
 import importlib
 import inspect
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
-from detectron2.config import CfgNode, LazyConfig, get_cfg
+from detectron2.config import LazyConfig
 from detectron2.engine import default_argument_parser
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.registry import locate
@@ -24,7 +23,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..evaluation.runs import load_saved_config
 from ..resources import find_config
-from ..yacs import add_contrast_config, tree_from_yacs
+from ..yacs import load_yacs, tree_from_yacs
 from .value_types import check_replacement, check_value_types
 
 
@@ -137,71 +136,6 @@ def _is_yacs(path: str) -> bool:
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"--config-file {path} holds no keys.")
     return all(str(key.value).isupper() for key, _ in root.value)
-
-
-def load_yacs(path: str, overrides: Sequence[str] = ()) -> CfgNode:
-    """Reads a yaml config of detectron2, with the keys that `add_contrast_config` knows.
-
-    Args:
-        path: of the file.
-        overrides: keys and values in turn.
-
-    Raises:
-        ValueError: an unknown key, a value of another type than its default, a key without value,
-            or a file that cannot be read.
-    """
-    cfg = get_cfg()
-    add_contrast_config(cfg)
-    try:
-        _merge(cfg, CfgNode.load_yaml_with_base(path, allow_unsafe=False))
-    except (AssertionError, AttributeError, OSError, TypeError, yaml.YAMLError) as error:
-        # A detail of yaml takes several lines.
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--config-file {path} cannot be read: {reason}") from error
-    except ValueError as error:
-        reason = " ".join(str(error).split())  # a section is shown over many lines
-        raise ValueError(f"--config-file {path}: {reason}") from error
-    for text in overrides[::2]:
-        if "=" in text:
-            raise ValueError(
-                f"{text}: {path} is a config of detectron2, whose overrides are KEY VALUE, such as "
-                "SOLVER.MAX_ITER 100."
-            )
-    if len(overrides) % 2:
-        raise ValueError(f"{overrides[-1]}: the last override has no value. Write KEY VALUE.")
-    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
-        *sections, last = key.split(".")
-        # yacs evaluates other values itself, but would not take a dict for a section.
-        values: dict[str, Any] = {last: _literal(value) if value.startswith("{") else value}
-        for section in reversed(sections):
-            values = {section: values}
-        _merge(cfg, values)
-    return cfg
-
-
-def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"cannot read {text!r}: write it as in Python, {{'res2': 1.0}}."
-        ) from error
-
-
-def _merge(cfg: CfgNode, values: dict[str, Any]) -> None:
-    try:
-        cfg.merge_from_other_cfg(CfgNode(values))
-    except KeyError as error:
-        key = error.args[0].rpartition(" ")[2]
-        near = difflib.get_close_matches(key, list(_yacs_keys(cfg)), n=1, cutoff=0.0)
-        raise ValueError(f"unknown config key {key}. Did you mean {near[0]}?") from error
-
-
-def _yacs_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
-    for key, value in cfg.items():
-        yield prefix + key
-        if isinstance(value, CfgNode):
-            yield from _yacs_keys(value, f"{prefix}{key}.")
 
 
 def _apply(cfg: DictConfig, text: str) -> None:

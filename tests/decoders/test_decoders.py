@@ -199,7 +199,7 @@ def test_output(row: Row, height: int, width: int) -> None:
     def size(stride: int) -> tuple[int, int]:
         return -(-height // stride), -(-width // stride)
 
-    output = row.build(row.shapes)(inputs(row.shapes, height, width))
+    output = row.build(row.shapes).decode(inputs(row.shapes, height, width))
     assert isinstance(output, SegOutput)
     assert output.logits.shape == (2, NUM_CLASSES, *size(row.stride))
     assert (output.aux_logits is None) == (row.aux is None)
@@ -214,7 +214,7 @@ def test_auxiliary_heads_do_not_run_in_evaluation(row: Row) -> None:
     for name, module in decoder.named_modules():
         if name.startswith("aux_head."):
             module.register_forward_hook(lambda *call: ran.append(call))
-    aux_logits = decoder(inputs(row.shapes)).aux_logits
+    aux_logits = decoder.decode(inputs(row.shapes)).aux_logits
     # OCR's logits depend on its auxiliary ones.
     assert (aux_logits is not None) == isinstance(decoder, OCRDecoder)
     assert not ran
@@ -225,9 +225,9 @@ def test_pre_logits_are_classified(row: Row) -> None:
     given = []
     if hasattr(decoder, "dropout"):
         decoder.dropout.register_forward_pre_hook(lambda _, x: given.extend(x))
-        output = decoder(inputs(row.shapes))
+        output = decoder.decode(inputs(row.shapes))
         assert output.features["pre_logits"] is given[0]
-    output = decoder.eval()(inputs(row.shapes))
+    output = decoder.eval().decode(inputs(row.shapes))
     assert torch.equal(output.logits, decoder.predictor(output.features["pre_logits"]))
 
 
@@ -254,22 +254,22 @@ def test_one_image_in_training(row: Row) -> None:
     decoder = row.build(row.shapes)
     features = inputs(row.shapes, images=1)
     if row.one_image:
-        assert decoder(features).logits.isfinite().all()
+        assert decoder.decode(features).logits.isfinite().all()
     else:
         with pytest.raises(ValueError, match="batch of one image.*norm="):
-            decoder(features)
-    assert decoder.eval()(features).logits.isfinite().all()
+            decoder.decode(features)
+    assert decoder.eval().decode(features).logits.isfinite().all()
 
 
 def test_half_precision(row: Row) -> None:
     decoder = row.build(row.shapes).eval()
     features = inputs(row.shapes)
     with torch.no_grad():
-        expected = decoder(features).logits
+        expected = decoder.decode(features).logits
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            autocast = decoder(features).logits
+            autocast = decoder.decode(features).logits
         halves = {name: x.bfloat16() for name, x in features.items()}
-        cast = decoder.bfloat16()(halves).logits
+        cast = decoder.bfloat16().decode(halves).logits
     for logits in (autocast, cast):
         assert logits.dtype == torch.bfloat16
         assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
@@ -281,13 +281,13 @@ def test_other_maps_and_their_order_do_not_matter(row: Row) -> None:
     reordered.load_state_dict(decoder.state_dict())
     features = inputs(row.shapes)
     more = {"res1": torch.randn(2, 3, 32, 48), **dict(reversed(features.items()))}
-    assert torch.equal(decoder(features).logits, reordered(more).logits)
+    assert torch.equal(decoder.decode(features).logits, reordered.decode(more).logits)
 
 
 def test_backward_reaches_every_parameter_and_map(row: Row) -> None:
     decoder = row.build(row.shapes)
     features = {name: x.requires_grad_() for name, x in inputs(row.shapes).items()}
-    scores(decoder(features)).backward()
+    scores(decoder.decode(features)).backward()
     tensors = {**dict(decoder.named_parameters()), **features}
     assert not [n for n, p in tensors.items() if p.grad is None or not p.grad.any()]
 
@@ -295,10 +295,10 @@ def test_backward_reaches_every_parameter_and_map(row: Row) -> None:
 def test_state_dict_round_trip(row: Row) -> None:
     decoder, other = row.build(row.shapes).eval(), row.build(row.shapes).eval()
     features = inputs(row.shapes)
-    expected = decoder(features).logits
-    assert not torch.equal(other(features).logits, expected)
+    expected = decoder.decode(features).logits
+    assert not torch.equal(other.decode(features).logits, expected)
     other.load_state_dict(decoder.state_dict())
-    assert torch.equal(other(features).logits, expected)
+    assert torch.equal(other.decode(features).logits, expected)
 
 
 def test_logits_stay_in_place(row: Row) -> None:
@@ -309,6 +309,8 @@ def test_logits_stay_in_place(row: Row) -> None:
     for x in after.values():
         x[..., :1, :1] += 20.0
     with torch.no_grad():
-        difference = (decoder(after).logits - decoder(before).logits).abs().amax(dim=(0, 1))
+        difference = (
+            (decoder.decode(after).logits - decoder.decode(before).logits).abs().amax(dim=(0, 1))
+        )
     y, x = divmod(difference.argmax().item(), difference.shape[1])
     assert max(y, x) * row.stride < 64

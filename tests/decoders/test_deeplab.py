@@ -34,7 +34,7 @@ def test_what_a_pixel_depends_on(
         nn.init.ones_(parameter)  # nothing cancels, and ReLU passes all
     nn.init.zeros_(decoder.aspp.convs[-1][1].weight)  # the branch that sees everything
     x = torch.ones(1, 4, 81, 79, requires_grad=True)
-    decoder({"res5": x}).logits[0, 0, 40, 39].backward()
+    decoder.decode({"res5": x}).logits[0, 0, 40, 39].backward()
     seen = {(y - 40, x - 39) for y, x in x.grad[0, 0].nonzero().tolist()}
     assert seen == {(d * i, d * j) for d in expected for i in (-1, 0, 1) for j in (-1, 0, 1)}
 
@@ -45,7 +45,7 @@ def test_the_image_is_pooled_whole(size: tuple[int, int]) -> None:
     branches = []
     decoder.aspp.project.register_forward_pre_hook(lambda _, x: branches.extend(x))
     x = torch.randn(1, 4, *size)
-    assert decoder({"res5": x}).logits.shape[-2:] == size
+    assert decoder.decode({"res5": x}).logits.shape[-2:] == size
     conv = decoder.aspp.convs[-1][1]
     mean = F.conv2d(x.mean(dim=(2, 3), keepdim=True), conv.weight, conv.bias).relu()
     torch.testing.assert_close(branches[0][:, -3:], mean.expand(-1, -1, *size))
@@ -75,7 +75,7 @@ def test_the_plus_decoder_joins_the_shallow_map(separable: bool) -> None:
     joined = []
     decoder.fuse.register_forward_pre_hook(lambda _, x: joined.extend(x))
     shallow, deep = torch.randn(2, 3, 14, 18), torch.randn(2, 4, 4, 5)
-    output = decoder({"res2": shallow, "res5": deep})
+    output = decoder.decode({"res2": shallow, "res5": deep})
     assert output.logits.shape[-2:] == (14, 18)
     pooled = F.interpolate(decoder.aspp(deep), (14, 18), mode="bilinear", align_corners=False)
     assert torch.equal(joined[0], torch.cat([decoder.project(shallow), pooled], dim=1))
@@ -85,7 +85,7 @@ def test_the_plus_decoder_joins_the_shallow_map(separable: bool) -> None:
     assert [m.groups for m in grouped] == ([4, 4, 4, 11, 6] if separable else [])
     # Two 3x3 convolutions in a row see 5x5 pixels of the shallow map.
     shallow.requires_grad_()
-    decoder({"res2": shallow, "res5": deep}).logits[0, :, 7, 9].sum().backward()
+    decoder.decode({"res2": shallow, "res5": deep}).logits[0, :, 7, 9].sum().backward()
     seen = shallow.grad[0].abs().sum(dim=0).nonzero()
     assert (seen.amax(dim=0) - seen.amin(dim=0)).tolist() == [4, 4]
 

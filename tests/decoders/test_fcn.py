@@ -19,7 +19,7 @@ def test_equals_the_papers_head_written_out() -> None:
         torch.nn.init.uniform_(tensor, 0.5, 1.5)
     # Sizes that do not divide, as those of an unpadded image.
     fine, coarse = torch.randn(2, 3, 16, 21), torch.randn(2, 5, 4, 6)
-    output = decoder({"res2": fine, "res4": coarse})
+    output = decoder.decode({"res2": fine, "res4": coarse})
     joined = torch.cat(
         [fine, F.interpolate(coarse, size=(16, 21), mode="bilinear", align_corners=False)], dim=1
     )
@@ -46,7 +46,7 @@ def test_a_wider_kernel_sees_its_neighbours_and_keeps_the_size() -> None:
     x = torch.zeros(1, 3, 9, 9, requires_grad=True)
     decoder = FCNDecoder({"res2": SHAPES["res2"]}, num_classes=4, kernel_size=3).eval()
     torch.nn.init.ones_(decoder.fuse.norm.bias)  # ReLU passes everywhere
-    logits = decoder({"res2": x}).logits
+    logits = decoder.decode({"res2": x}).logits
     assert logits.shape[-2:] == (9, 9)
     logits[..., 4, 6].sum().backward()
     seen = x.grad[0].abs().sum(dim=0).nonzero()
@@ -59,7 +59,7 @@ def test_any_number_of_maps(names: list[str]) -> None:
     features = {
         n: torch.randn(2, s.channels, 64 // s.stride, 128 // s.stride) for n, s in shapes.items()
     }
-    output = FCNDecoder(shapes, num_classes=4)(features)
+    output = FCNDecoder(shapes, num_classes=4).decode(features)
     finest = shapes[names[0]].stride
     assert output.logits.shape == (2, 4, 64 // finest, 128 // finest)
     assert output.features["concat"].shape[1] == sum(s.channels for s in shapes.values())
@@ -68,7 +68,7 @@ def test_any_number_of_maps(names: list[str]) -> None:
 def test_first_class_scores_are_about_equal() -> None:
     # And so the first loss is about log(number of classes), whatever the width.
     shapes = {"res2": ShapeSpec(channels=720, stride=4)}
-    logits = FCNDecoder(shapes, num_classes=19)({"res2": torch.randn(2, 720, 16, 16)}).logits
+    logits = FCNDecoder(shapes, num_classes=19).layers({"res2": torch.randn(2, 720, 16, 16)})
     assert 0.1 < logits.std() < 0.3 and logits.mean().abs() < 0.1
 
 
@@ -78,9 +78,9 @@ def test_dropout_drops_whole_channels_in_training_only() -> None:
     assert set(dropped.amax(dim=(2, 3)).flatten().tolist()) == {0.0, 2.0}
     assert torch.equal(dropped.amax(dim=(2, 3)), dropped.amin(dim=(2, 3)))
     features = {"res2": torch.randn(2, 3, 16, 16), "res4": torch.randn(2, 5, 4, 4)}
-    assert not torch.equal(decoder(features).logits, decoder(features).logits)
+    assert not torch.equal(decoder.decode(features).logits, decoder.decode(features).logits)
     decoder.eval()
-    assert torch.equal(decoder(features).logits, decoder(features).logits)
+    assert torch.equal(decoder.decode(features).logits, decoder.decode(features).logits)
 
 
 def test_mistakes() -> None:

@@ -29,7 +29,7 @@ def test_logits_are_those_of_detectron2() -> None:
         module.eval()
     with torch.no_grad():
         expected = fpn(images)
-        output = decoder(resnet(images))
+        output = decoder.decode(resnet(images))
         assert torch.equal(output.logits, head.layers(expected))
         assert torch.equal(output.logits, head.predictor(output.features.pop("pre_logits")))
     assert output.features.keys() == expected.keys() == {"p2", "p3", "p4", "p5"}
@@ -39,7 +39,7 @@ def test_logits_are_those_of_detectron2() -> None:
 def test_a_pyramid_without_stride_4_still_gives_stride_4() -> None:
     shapes = {f"res{i}": ShapeSpec(channels=8, stride=2**i) for i in (3, 4, 5)}
     features = {n: torch.randn(1, 8, 64 // s.stride, 64 // s.stride) for n, s in shapes.items()}
-    output = SemSegFPNDecoder(shapes, num_classes=3, fpn_channels=16, conv_dims=32)(features)
+    output = SemSegFPNDecoder(shapes, num_classes=3, fpn_channels=16, conv_dims=32).decode(features)
     assert output.logits.shape == (1, 3, 16, 16)
     assert list(output.features) == ["p3", "p4", "p5", "pre_logits"]
 

@@ -83,7 +83,7 @@ def test_equals_the_papers_decoder_written_out() -> None:
     joined = torch.cat([p2, *(resized(x, p2) for x in (p3, p4, p5))], dim=1)
     expected = {"p2": p2, "p3": p3, "p4": p4, "p5": p5, "pre_logits": conv(decoder.fuse, joined)}
 
-    output = decoder(maps)
+    output = decoder.decode(maps)
     assert output.features.keys() == expected.keys()
     for name, x in expected.items():
         torch.testing.assert_close(output.features[name], x)
@@ -92,7 +92,7 @@ def test_equals_the_papers_decoder_written_out() -> None:
 def test_the_deepest_map_is_p5() -> None:
     shapes = {name: SHAPES[name] for name in ("res5", "res3")}
     decoder = UPerNetDecoder(shapes, num_classes=3, channels=8)
-    output = decoder(inputs())
+    output = decoder.decode(inputs())
     sizes = {name: tuple(x.shape[-2:]) for name, x in output.features.items()}
     assert sizes == {"p4": (15, 17), "p5": (4, 5), "pre_logits": (15, 17)}
 
@@ -101,16 +101,16 @@ def test_one_image_and_norms_that_can_train_on_it() -> None:
     maps = inputs(images=1)
     decoder = UPerNetDecoder(SHAPES, num_classes=3, channels=32)
     with pytest.raises(ValueError, match='batch of one image.*model.sem_seg_head.norm="GN"'):
-        decoder(maps)
+        decoder.decode(maps)
     # None of the running statistics may have moved by then.
     assert not any(b.any() for n, b in decoder.named_buffers() if n.endswith("running_mean"))
     for norm in ("GN", "", "FrozenBN"):
-        UPerNetDecoder(SHAPES, num_classes=3, channels=64, norm=norm)(maps)
-    UPerNetDecoder(SHAPES, num_classes=3, channels=32, pool_sizes=(2, 3))(maps)
+        UPerNetDecoder(SHAPES, num_classes=3, channels=64, norm=norm).decode(maps)
+    UPerNetDecoder(SHAPES, num_classes=3, channels=32, pool_sizes=(2, 3)).decode(maps)
     for module in decoder.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
-    decoder(maps)
+    decoder.decode(maps)
 
 
 def test_mistakes() -> None:
