@@ -8,9 +8,8 @@ from importlib.util import find_spec
 
 from .resources import get_config
 
-__all__ = ["get_config"]
+__all__ = ["__version__", "get_config"]
 __version__ = "0.1.0"
-__all__ = ["__version__"]
 
 if find_spec("detectron2") is not None:
     from . import backbones, data, decoders, segmentor  # noqa: F401
