@@ -82,7 +82,9 @@ def test_all_terms_break_the_graph_once(projection: str, scales: int) -> None:
 def test_losses_and_gradients_are_those_of_the_eager_model(
     projection: str, fixed_size: bool
 ) -> None:
-    eager, compiled = (build(projection, 2, fixed_size=fixed_size) for _ in range(2))
+    # In fp64: the rounding of fp32 can carry an activation over the kink of a ReLU, where the
+    # gradient jumps. The scores alone are rounded to fp32, to 6e-8.
+    eager, compiled = (build(projection, 2, fixed_size=fixed_size).double() for _ in range(2))
     backend = CompileCounterWithBackend("aot_eager")
     run = torch.compile(compiled, backend=backend)
     graphs = []
@@ -97,7 +99,7 @@ def test_losses_and_gradients_are_those_of_the_eager_model(
         torch.testing.assert_close(losses, expected)
         assert len(losses) == 3
         for (name, one), other in zip(compiled.named_parameters(), eager.parameters(), strict=True):
-            assert (one.grad - other.grad).norm() <= 1e-3 * other.grad.norm(), name
+            assert (one.grad - other.grad).norm() <= 1e-5 * other.grad.norm(), name
         torch.testing.assert_close(compiled.statistics, eager.statistics, equal_nan=True)
         graphs.append(backend.frame_count)
     # Another draw is no reason to compile anew.

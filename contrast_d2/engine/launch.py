@@ -62,6 +62,8 @@ def check_launch(args: argparse.Namespace) -> None:
             "--dist-url auto finds a port on one machine only: give all machines the same "
             "tcp://HOST:PORT, with a name of machine 0, or use torchrun."
         )
+    if args.dist_url != "auto" and not args.dist_url.startswith(("tcp://", "file://", "env://")):
+        raise ValueError(f"--dist-url {args.dist_url}: write tcp://HOST:PORT, or auto.")
     if torch.cuda.is_available():
         if local_size > torch.cuda.device_count():
             raise ValueError(

@@ -592,7 +592,7 @@ def test_autocast(dtype: torch.dtype, options: dict) -> None:
         assert gradient.isfinite().all() and gradient.dtype == torch.float32
         if reference[name].abs().max() > 1e-6:
             cosine = torch.cosine_similarity(gradient.flatten(), reference[name].flatten(), dim=0)
-            assert cosine > 0.9, name
+            assert cosine > 0.8, name  # kinks of the ReLUs turn it to 0.95
 
 
 def test_similarities_are_not_rounded_by_autocast() -> None:

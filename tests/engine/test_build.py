@@ -68,9 +68,10 @@ def test_channels_last_changes_the_layout_and_not_the_results(backbone: str) -> 
     inputs = batch()
     for channels_last in (False, True):
         torch.manual_seed(0)
-        # In float64, where what another order of summation changes is far below the bound.
+        # In fp64: the rounding of fp32 can carry an activation over the kink of a ReLU, where the
+        # gradient jumps. The scores alone are rounded to fp32, to 6e-8.
         model = build_model(config(backbone, f"train.channels_last={channels_last}")).double()
-        model.sem_seg_head.register_forward_pre_hook(lambda _, args: seen.append(args[0]["res2"]))
+        model.backbone.register_forward_hook(lambda *args: seen.append(args[2]["res2"]))
         torch.manual_seed(1)
         losses = model.train()(inputs)
         sum(losses.values()).backward()
@@ -88,4 +89,4 @@ def test_channels_last_changes_the_layout_and_not_the_results(backbone: str) -> 
     assert results[0].keys() == results[1].keys()
     for name, value in results[0].items():
         difference = (results[1][name] - value).norm() / value.norm()
-        assert difference < 1e-6, name
+        assert difference < 1e-5, name

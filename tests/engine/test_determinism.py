@@ -120,7 +120,7 @@ def test_decoders_have_deterministic_steps(row: Row) -> None:
         for name, shape in row.shapes.items()
     }
     with Refusals() as refusals:
-        out = decoder(features)
+        out = decoder.decode(features)
         sum(x.sum() for x in (out.logits, out.aux_logits) if x is not None).backward()
     assert refusals.count > 10 and not refusals.calls
 

@@ -17,7 +17,7 @@ from detectron2.utils.events import EventStorage, EventWriter, TensorboardXWrite
 
 from contrast_d2.engine import load_config
 from contrast_d2.engine import writers as module
-from contrast_d2.engine.checks import check_training
+from contrast_d2.engine.checks import check_config
 from contrast_d2.engine.writers import MlflowWriter, WandbWriter, check_writers, open_writers
 
 CONFIG = str(Path(__file__).parents[2] / "configs/shapes/semfpn_r18_ms_cs_demo.py")
@@ -263,12 +263,12 @@ def test_mistakes_are_told_before_the_training(
 ) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
-        check_training(load_config(CONFIG, [override]).train)
+        check_config(load_config(CONFIG, [override]), training=True)
 
 
 def test_the_writers_that_are_asked_for_are_opened(mlflow_folder: Path, wandb: FakeWandb) -> None:
     check_writers([])
-    check_training(load_config(CONFIG, ["train.writers=[mlflow]"]).train)
+    check_config(load_config(CONFIG, ["train.writers=[mlflow]"]), training=True)
     opened = open_writers(["wandb", "mlflow"], str(mlflow_folder), resumed=False)
     assert [type(writer) for writer in opened] == [WandbWriter, MlflowWriter]
     for writer in opened:

@@ -6,11 +6,12 @@ import copy
 import gc
 import json
 import os
+import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from bench import cases, contrast, growth, machine, peers, scenes, tables, worke
 from bench.host_reads import count_host_reads
 from bench.methods import MethodStep
 from bench.training import BASELINE, VARIANTS, TrainingStep
-from bench.workloads import FIXED_SIZE, OURS, SUPCON, TEXTBOOK, InfoNCE, Step
+from bench.workloads import BF16, FIXED_SIZE, OURS, SUPCON, TEXTBOOK, InfoNCE, Step
 
 TINY = cases.TINY_CASES["tiny"].workload
 PEAKS = machine.Peaks(fp32=97e9, bf16=200e9, write=19.2e9, copy=10e9)
@@ -195,10 +196,90 @@ def test_a_step_waits_once_and_with_fixed_size_never() -> None:
     assert not count_host_reads(runs[FIXED_SIZE], CPU)
 
 
+# Products of bf16
+
+
+def test_only_where_bf16_is_multiplied_is_its_peak_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "_MATMUL_SIZES", (16, 32))
+    monkeypatch.setattr(machine, "_BANDWIDTH_BYTES", 1 << 12)
+    found = []
+    for multiplies in (False, True):
+        monkeypatch.setattr(machine, "multiplies_bf16", lambda device, m=multiplies: m)
+        found.append(machine.Probes(CPU).measure())
+    without, with_bf16 = found
+    assert without.bf16 is None and with_bf16.bf16 > 0
+    assert min(without.fp32, without.write, without.copy) > 0
+    slow = with_bf16._replace(fp32=0.0)
+    assert machine.median_peaks([with_bf16, slow, with_bf16]) == with_bf16
+    assert machine.median_peaks([without, without]) == without
+
+
+@pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available(),
+    reason="needs oneDNN on x86",
+)
+def test_a_processor_without_avx512_emulates_bf16() -> None:
+    program = "import bench.machine as m, torch; print(m.multiplies_bf16(torch.device('cpu')))"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=TOOL.parent,
+        env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "False\n"
+
+
+def test_emulated_products_are_left_out_with_a_word(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(machine, "_MATMUL_SIZES", (16,))
+    for module in (machine, contrast):
+        monkeypatch.setattr(module, "multiplies_bf16", lambda device: False)
+    monkeypatch.setattr(
+        contrast, "peak_mib", lambda work, device: [dict.fromkeys(names, 1.0) for _, names in work]
+    )
+    said: list[str] = []
+    found = contrast.measure(["tiny_infonce"], CPU, rounds=1, most_seconds=0, say=said.append)
+    contenders = list(found["cases"]["tiny_infonce"]["contenders"])
+    assert BF16 in cases.ALL_CASES["tiny_infonce"].contenders
+    assert contenders == [OURS, TEXTBOOK, SUPCON]
+    (line,) = [line for line in said if BF16 in line]
+    assert "emulates" in line
+    (tmp_path / "cpu.json").write_text(json.dumps(found))
+    filled = tables.fill("<!-- cpu.json: machine -->\n<!-- end -->", tmp_path)
+    assert " and none in bf16, " in filled
+
+
 # Time and memory
 
 
-def test_contenders_take_turns(monkeypatch) -> None:
+class Clock:
+    """In place of the module `time`; this process has the processor for 60% of it."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return 0.6 * self.now
+
+    def wait(self) -> None:
+        self.now += 0.1
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(machine, "time", clock)
+    return clock
+
+
+def test_contenders_take_turns(clock: Clock) -> None:
     calls = []
 
     class Probes:
@@ -207,7 +288,11 @@ def test_contenders_take_turns(monkeypatch) -> None:
             calls.append("peaks")
             return PEAKS
 
-    runs = {name: lambda name=name: calls.append(name) for name in "ab"}
+    def run(name: str) -> None:
+        calls.append(name)
+        clock.wait()
+
+    runs = {name: partial(run, name) for name in "ab"}
     found = machine.interleave(runs, Probes(), CPU, rounds=2, most_seconds=0)
     turn = ["peaks", *4 * ["a"], *4 * ["b"]]
     assert calls == ["a", "b", *turn, *turn]
@@ -236,19 +321,15 @@ def test_calls_of_a_round_are_as_many_as_the_slowest_contender_allows(
     assert found.seconds == {"a": [0.1], "b": [0.2]}
 
 
-def test_a_busy_machine_is_told() -> None:
+def test_a_busy_machine_is_told(clock: Clock) -> None:
     assert machine.warning(machine.Timings({}, 1, [], cpu_share=0.99)) is None
-    assert "60% of the time" in machine.warning(machine.Timings({}, 1, [], cpu_share=0.6))
 
     class Probes:
         def measure(self) -> machine.Peaks:
             return PEAKS
 
-    def sleep() -> None:
-        time.sleep(0.05)
-
-    found = machine.interleave({"a": sleep}, Probes(), CPU, rounds=1, most_seconds=0)
-    assert found.cpu_share < 0.5
+    found = machine.interleave({"a": clock.wait}, Probes(), CPU, rounds=1, most_seconds=0)
+    assert "60% of the time" in machine.warning(found)
 
 
 def test_ratios_are_taken_round_by_round() -> None:

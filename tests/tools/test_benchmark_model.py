@@ -131,7 +131,8 @@ def test_the_tool_measures_models(tmp_path: Path) -> None:
     assert table.splitlines()[-2].endswith(f"| {ratio} |")
 
 
-def test_mistakes_give_one_clear_line(main, capsys) -> None:
+def test_mistakes_give_one_clear_line(main, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(methods, "multiplies_bf16", lambda device: False)
     base, method = map(str, DEMO)
     camvid = str(ROOT / "configs/camvid/semfpn_r18_ms_cs_6k.py")
     for arguments, message in (
@@ -142,6 +143,7 @@ def test_mistakes_give_one_clear_line(main, capsys) -> None:
         ((base, method, "--batch", "0"), "--batch 0"),
         ((base, method, "--suite", "gpu"), "either the one or the others"),
         (("--suite", "gpu", "--device", "cpu"), "needs a GPU"),
+        ((base, method, "--precision", "bf16", "--device", "cpu"), "bf16 on cpu: it emulates"),
         ((base, "none.py"), "none.py: there is no such file"),
     ):
         assert main(["model", *arguments]) == 1

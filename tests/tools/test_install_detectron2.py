@@ -228,7 +228,7 @@ def test_from_newer_source_that_needs_no_fix(
     init.write_text(init.read_text().replace('"0.6"', '"0.7+cu130"'))
     done = environment.install("--from", str(checkout), "--wheel", "wheels")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("detectron2-0.7+cu130.purepython-py3-none-any.whl")
+    assert done.stdout.strip().endswith("detectron2-0.7+cu130.purepython.2-py3-none-any.whl")
 
 
 def test_wrong_checksum(archive: Path, environment: Environment) -> None:

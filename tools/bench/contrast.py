@@ -29,6 +29,7 @@ from .machine import (
     interleave,
     median_peaks,
     milliseconds,
+    multiplies_bf16,
     note,
     ratios,
     seconds_of,
@@ -36,7 +37,7 @@ from .machine import (
 )
 from .peers import textbook_info_nce
 from .worker import default_heap_ms, peak_mib, to_json
-from .workloads import OURS, TEXTBOOK, InfoNCE, Step
+from .workloads import BF16, OURS, TEXTBOOK, InfoNCE, Step
 
 _ACCURACY_ANCHORS = 1024
 
@@ -131,8 +132,11 @@ def _measure_case(
     most_seconds: float,
     say: Say,
 ) -> dict[str, Any]:
-    workload = case.workload
-    runs = workload.contenders(device, case.contenders)
+    workload, names = case.workload, list(case.contenders)
+    if BF16 in names and not multiplies_bf16(device):
+        names.remove(BF16)
+        say(f"  {BF16}: left out: this {device.type} emulates them")
+    runs = workload.contenders(device, names)
     result: dict[str, Any] = {"workload": to_json(workload), "cost": workload.cost()._asdict()}
     if isinstance(workload, Step):
         result["drawn"] = workload.drawn()
@@ -151,7 +155,7 @@ def _measure_case(
     result["limit_ms"] = milliseconds(limits)
     say(f"  limit {result['limit_ms']['median']:.1f} ms at {_peaks_line(Peaks(**result['peaks']))}")
     ours = timings.seconds[OURS]
-    (memory,) = peak_mib([(workload, case.contenders)], device)
+    (memory,) = peak_mib([(workload, names)], device)
     default_heap = {}
     if case.default_heap:
         default_heap = default_heap_ms(workload, (OURS, TEXTBOOK), device)
@@ -217,8 +221,9 @@ def _description(case: Case) -> str:
 
 
 def _peaks_line(peaks: Peaks) -> str:
+    bf16 = "no" if peaks.bf16 is None else f"{peaks.bf16 / 1e9:.0f}"
     return (
-        f"{peaks.fp32 / 1e9:.0f} GFLOP/s fp32, {peaks.bf16 / 1e9:.0f} bf16, "
+        f"{peaks.fp32 / 1e9:.0f} GFLOP/s fp32, {bf16} bf16, "
         f"{peaks.write / 1e9:.1f} GB/s write, {peaks.copy / 1e9:.1f} copy"
     )
 

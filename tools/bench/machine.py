@@ -24,7 +24,7 @@ from .heap import KEPT_HEAP, heap_is_kept
 # Is told what is found, line by line.
 Say = Callable[[str], None]
 
-_MATMUL_SIZES = (2048, 4096)
+_MATMUL_SIZES = (1024, 2048)
 _CUDA_MATMUL_SIZES = (2048, 4096, 8192)
 _BANDWIDTH_BYTES = 1 << 28
 # A case is measured for so many rounds at least, however long they take.
@@ -55,13 +55,13 @@ class Peaks(NamedTuple):
 
     Attributes:
         fp32, bf16: matrix products, in floating-point operations per second; on CUDA, those of
-            fp32 operands are done by the tensor cores, in TF32.
+            fp32 operands are done by the tensor cores, in TF32. No bf16 where it is emulated.
         write: filling a large buffer, in bytes per second.
         copy: copying a large buffer, in bytes read plus bytes written per second.
     """
 
     fp32: float
-    bf16: float
+    bf16: float | None
     write: float
     copy: float
 
@@ -98,7 +98,7 @@ class Probes:
         self._device = device
         sizes = _CUDA_MATMUL_SIZES if device.type == "cuda" else _MATMUL_SIZES
         self._operands = {}
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, *((torch.bfloat16,) if multiplies_bf16(device) else ())):
             candidates = [torch.rand(n, n, device=device).to(dtype) for n in sizes]
             rates = [self._matmul_rate(matrix) for matrix in candidates]
             self._operands[dtype] = candidates[rates.index(max(rates))]
@@ -106,10 +106,11 @@ class Probes:
         self._target = torch.empty_like(self._source)
 
     def measure(self) -> Peaks:
-        """The peaks now; takes a fraction of a second on a CPU core."""
+        """The peaks now; takes about a second on a CPU core."""
+        bf16 = self._operands.get(torch.bfloat16)
         return Peaks(
             fp32=self._matmul_rate(self._operands[torch.float32]),
-            bf16=self._matmul_rate(self._operands[torch.bfloat16]),
+            bf16=None if bf16 is None else self._matmul_rate(bf16),
             write=_BANDWIDTH_BYTES / self._best(lambda: self._target.zero_()),
             copy=2 * _BANDWIDTH_BYTES / self._best(lambda: self._target.copy_(self._source)),
         )
@@ -124,6 +125,17 @@ class Probes:
 
     def _best(self, run: Callable[[], object]) -> float:
         return best_seconds(run, self._device, _BEST_OF)
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has products of bf16, which others emulate.
+
+    A CPU that oneDNN has no such products for, such as one with AVX2 and no AVX-512, takes 50 to
+    200 times as long as for fp32: too long to be timed, so PyTorch is asked.
+    """
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def best_seconds(run: Callable[[], object], device: torch.device, calls: int) -> float:
@@ -213,8 +225,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def median_peaks(peaks: Sequence[Peaks]) -> Peaks:
-    """The median of each peak."""
-    return Peaks(*(statistics.median(column) for column in zip(*peaks, strict=True)))
+    """The median of each peak that is measured."""
+    columns = zip(*peaks, strict=True)
+    return Peaks(*(None if None in column else statistics.median(column) for column in columns))
 
 
 def note(device: torch.device) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .machine import Probes, Say, interleave, milliseconds, note, ratios, warning
+from .machine import Probes, Say, interleave, milliseconds, multiplies_bf16, note, ratios, warning
 from .scenes import IGNORE_LABEL, Scene, draw_labels
 from .workloads import Contender
 
@@ -152,6 +152,9 @@ def measure(
         A tree for JSON: how and where, and by file the time of a step (ms), its ratio to the
         baseline's, peak memory beyond inputs (MiB; without updates, beyond weights too), parameters
         in training, and the size of the model's part of a checkpoint (MB).
+
+    Raises:
+        ValueError: the device emulates products of the step's precision.
     """
     found = measure_step(work, device, rounds=rounds, most_seconds=most_seconds, say=say)
     return {**note(device), **found}
@@ -168,6 +171,11 @@ def measure_step(
     """As `measure`, without the notes on machine and versions."""
     from .worker import peak_mib
 
+    if work.precision == "bf16" and not multiplies_bf16(device):
+        raise ValueError(
+            f"precision bf16 on {device.type}: it emulates the products, which takes 50 to 200 "
+            "times as long as in fp32. Measure fp32."
+        )
     names = list(work.files)
     say(f"\na training step of {', '.join(names)}")
     timings = interleave(

@@ -64,8 +64,10 @@ def _machine(found: Mapping[str, Any]) -> str:
     if "peaks" in found:
         peaks = found["peaks"]
         drift = peaks["after"]["fp32"] / peaks["before"]["fp32"]
+        emulated = peaks["before"]["bf16"] is None
+        bf16 = "none" if emulated else _giga(peaks, "bf16", 0)
         lines.append(
-            f"Peaks: {_giga(peaks, 'fp32', 0)} GFLOP/s in fp32 and {_giga(peaks, 'bf16', 0)} in "
+            f"Peaks: {_giga(peaks, 'fp32', 0)} GFLOP/s in fp32 and {bf16} in "
             f"bf16, {_giga(peaks, 'write', 1)} GB/s written and {_giga(peaks, 'copy', 1)} copied; "
             f"at the end, products in fp32 ran {drift:.0%} as fast as at the beginning."
         )
