@@ -124,7 +124,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
         Raises:
             ValueError: in training, an image without labels, or with labels of another size.
         """
-        images = self._normalise(batched_inputs)
+        images = self.preprocess_image(batched_inputs)
         features = self.backbone(images)
         output = decode(self.sem_seg_head, features)
         if not self.training:
@@ -140,7 +140,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
             self.statistics = contrast.statistics
         return losses
 
-    def _normalise(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """(B, 3, H, W) normalised images, padded with 0."""
         images = [x["image"].to(self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
