@@ -4,15 +4,19 @@ Importing the package fills detectron2's registries: backbones, semantic heads, 
 meta-architecture and the datasets. `contrast_d2.contrast` does without detectron2.
 """
 
+import warnings
 from importlib.util import find_spec
 
-from .resources import get_config
+from .model_zoo import get_config
 
 __all__ = ["__version__", "get_config"]
 __version__ = "0.1.0"
 
 if find_spec("detectron2") is not None:
-    from . import backbones, data, decoders, segmentor  # noqa: F401
-    from .yacs import add_contrast_config  # noqa: F401
+    with warnings.catch_warnings():
+        # detectron2 0.6 scripts functions at import; its users can do nothing about the warning.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
+        from . import backbones, data, decoders, segmentor  # noqa: F401
+        from .yacs import add_contrast_config  # noqa: F401
 
     __all__ += ["add_contrast_config"]

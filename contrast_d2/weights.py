@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import zipfile
@@ -39,8 +40,10 @@ def read_weights(path: str | Path) -> dict[str, Any]:
                 with zipfile.ZipFile(path) as archive:
                     if broken := archive.testzip():
                         raise zipfile.BadZipFile(f"its part {broken} fails its checksum")
-            # Named here, since it is the default of torch 2.6 and newer only.
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # Programs such as timm's save their arguments beside the weights: plain values.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                # Named here, since it is the default of torch 2.6 and newer only.
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the readers of its format raise on a damaged file
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({_reason(path, error)}): give a file that "

@@ -39,7 +39,6 @@ NOT_HERE = {
     ("docs/methods.md", "ContrastSum("): "its methods are left out",
     ("docs/demo.md", "from contrast_d2.data.reading"): "needs a photograph and trained weights",
     ("docs/distributed.md", "#!/bin/bash"): "needs SLURM",
-    ("docs/distributed.md", "error: rank 5"): "a message",
 }
 # Config that a fragment without imports of its own continues.
 CONTINUES = {
@@ -319,4 +318,4 @@ def test_the_reference_has_all_packages() -> None:
     }
     modules = {f"contrast_d2.{path.stem}" for path in (ROOT / "contrast_d2").glob("[!_]*.py")}
     missing = (packages | modules) - named - {"contrast_d2", "contrast_d2.structures"}
-    assert missing <= {"contrast_d2.weights"}, missing
+    assert missing <= {"contrast_d2.weights", "contrast_d2.model_zoo"}, missing

@@ -90,8 +90,8 @@ def train_two_steps() -> dict[str, Tensor]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     trainer = Trainer(
         create_ddp_model(model, device_ids=None, broadcast_buffers=False),
+        batches(0, rank, world_size),
         optimizer,
-        lambda start: batches(start, rank, world_size),
         seed=0,
     )
     trainer.train(0, 2)
