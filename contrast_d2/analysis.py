@@ -5,6 +5,7 @@ Shape letters: K classes, H W an image, N queries, M keys, D their width, C that
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from .contrast import MultiScaleProjector
 from .segmentor import ContrastiveSegmentor, inference_state_dict, is_training_only
+from .structures import SegOutput, decode
 
 _ATTENTION = "aten::scaled_dot_product_attention"
 
@@ -167,7 +169,7 @@ def _count_inference(
     segmentor: ContrastiveSegmentor, size: Sequence[int]
 ) -> tuple[dict[str, PartCost], dict[str, int]]:
     """By part what runs at test time, with all parameters of the part; and what is not counted."""
-    flops, activations = _counters(_OneImage(segmentor), _image(size))
+    flops, activations = _counters(_OneImage(_with_called_head(segmentor)), _image(size))
     parts = {
         name: PartCost(
             _parameters(module),
@@ -211,6 +213,26 @@ class _OneImage(nn.Module):
         return self.segmentor([{"image": image}])[0]["sem_seg"]
 
 
+class _Called(nn.Module):
+    """A head whose `decode` is the call of a module, to which fvcore counts all that is in it."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def decode(self, features: Mapping[str, Tensor]) -> SegOutput:
+        return self(features)
+
+    def forward(self, features: Mapping[str, Tensor]) -> SegOutput:
+        return decode(self.head, features)
+
+
+def _with_called_head(segmentor: ContrastiveSegmentor) -> ContrastiveSegmentor:
+    shallow = copy.copy(segmentor)
+    shallow._modules = {**segmentor._modules, "sem_seg_head": _Called(segmentor.sem_seg_head)}
+    return shallow
+
+
 class _TrainingParts(nn.Module):
     """The network with its auxiliary head and projectors, without labels and losses.
 
@@ -221,7 +243,7 @@ class _TrainingParts(nn.Module):
     def __init__(self, segmentor: ContrastiveSegmentor, auxiliary: set[int]) -> None:
         super().__init__()
         segmentor.eval()
-        self.backbone, self.sem_seg_head = segmentor.backbone, segmentor.sem_seg_head
+        self.backbone, self.sem_seg_head = segmentor.backbone, _Called(segmentor.sem_seg_head)
         self._divisibility = segmentor._size_divisibility
         for module in self.sem_seg_head.modules():
             parameters = list(module.parameters())

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from .losses import upsample
 from .segmentor import ContrastiveSegmentor
+from .structures import decode
 
 _INPUT, _OUTPUT = "images", "logits"
 _DIMENSIONS = {0: "batch", 2: "height", 3: "width"}
@@ -58,7 +59,7 @@ class InferenceModel(nn.Module):
         right = _round_up(width, self.size_divisibility) - width
         images = (images - self.pixel_mean) / self.pixel_std
         images = F.pad(images, (0, right, 0, bottom))
-        logits = self.sem_seg_head(self.backbone(images)).logits
+        logits = decode(self.sem_seg_head, self.backbone(images)).logits
         logits = upsample(logits, images.shape[-2:])
         # Cropped by a negative padding: slices of a size that is left open bring conditions on it,
         # which an exported graph holds against every other size.

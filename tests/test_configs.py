@@ -195,7 +195,9 @@ def built(path: Path) -> Built:
     divisor = model.backbone.size_divisibility
     size = [-(-side // divisor) * divisor for side in image_size(cfg)]
     maps = once((keys["backbone"], size), lambda: model.backbone(torch.zeros(2, 3, *size)))
-    output = once((keys["backbone"], keys["sem_seg_head"], size), lambda: model.sem_seg_head(maps))
+    output = once(
+        (keys["backbone"], keys["sem_seg_head"], size), lambda: model.sem_seg_head.decode(maps)
+    )
     return Built(cfg, model, {**maps, **output.features}, output)
 
 

@@ -87,7 +87,7 @@ class FixedDecoder(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.rand(16, 22))
 
-    def forward(self, features: dict[str, Tensor]) -> SegOutput:
+    def decode(self, features: dict[str, Tensor]) -> SegOutput:
         return SegOutput(features["res2"] * self.weight, None, {})
 
 

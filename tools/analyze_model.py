@@ -27,7 +27,7 @@ import torch
 from bench.machine import note
 from bench.models import crop_of
 from detectron2.config import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from contrast_d2.analysis import ModelCost, analyze, inference_differences
 from contrast_d2.backbones import without_starting_weights
@@ -101,7 +101,7 @@ def _measure(file: str, cfg: DictConfig, size: Sequence[int]) -> dict[str, Any]:
     print(_verdict(differences))
     return {
         "file": file,
-        "backbone": cfg.model.backbone.get("name"),
+        "backbone": OmegaConf.select(cfg, "model.backbone.name"),  # a yaml config has no such key
         "decoder": type(segmentor.sem_seg_head).__name__,
         "contrast": None if contrast is None else type(contrast).__name__,
         "num_classes": cfg.dataset.num_classes,

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..contrast import MultiScaleProjector
+from ..segmentor import ContrastiveSegmentor
+from ..structures import decode
 
 _CONTRAST = "contrast"
 
@@ -39,8 +41,7 @@ class LayerTap:
     norms use their running statistics.
 
     Args:
-        model: a segmentor in evaluation mode, whose backbone gives maps by name and whose
-            `sem_seg_head` gives a `SegOutput`.
+        model: a segmentor in evaluation mode.
         layer: name of the map.
 
     Raises:
@@ -48,7 +49,7 @@ class LayerTap:
             decoder that there is not is told at the first image.
     """
 
-    def __init__(self, model: nn.Module, layer: str) -> None:
+    def __init__(self, model: ContrastiveSegmentor, layer: str) -> None:
         if model.training:
             raise ValueError("the model is in training mode: call its eval() first.")
         self._model = model
@@ -71,31 +72,18 @@ class LayerTap:
         Raises:
             ValueError: the model has no such layer.
         """
-        seen: dict[str, Any] = {}
-
-        def keep_backbone(_: nn.Module, inputs: tuple[Tensor], maps: dict[str, Tensor]) -> None:
-            seen.update(size=tuple(inputs[0].shape[-2:]), maps=dict(maps))
-
-        def keep_decoder(_: nn.Module, inputs: tuple, output: Any) -> None:
-            seen.update(output=output)
-
-        hooks = [
-            self._model.backbone.register_forward_hook(keep_backbone),  # pyright: ignore[reportAttributeAccessIssue]
-            self._model.sem_seg_head.register_forward_hook(keep_decoder),  # pyright: ignore[reportAttributeAccessIssue]
-        ]
-        try:
-            self._model([{"image": sample["image"]}])
-        finally:
-            for hook in hooks:
-                hook.remove()
-        maps = {**seen["maps"], **seen["output"].features}
+        images = self._model.preprocess_image([sample])
+        maps = self._model.backbone(images)
+        output = decode(self._model.sem_seg_head, maps)
+        maps = {**maps, **output.features}
         if self._feature not in maps:
             raise ValueError(_no_layer(self._layer, [*maps, *projection_heads(self._model)]))
         features = maps[self._feature]
         if self._head is not None:
             features = self._head(features)
-        logits = seen["output"].logits
-        return LayerOutput(features[0].float().cpu(), logits[0].float().cpu(), seen["size"])
+        height, width = images.shape[-2:]
+        logits = output.logits[0].float().cpu()
+        return LayerOutput(features[0].float().cpu(), logits, (height, width))
 
 
 def is_projection(layer: str) -> bool:

@@ -166,7 +166,7 @@ def test_what_is_no_checkpoint_is_refused(name: str, content: bytes | None, tmp_
         torch.save([torch.zeros(1)], path)
     else:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} cannot be read as a checkpoint") as error:
+    with pytest.raises(ValueError, match=f"{name} (cannot be read as|holds a list)") as error:
         TimmBackbone("resnet18", weights_file=str(path))
     assert "\n" not in str(error.value)
 

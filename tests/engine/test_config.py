@@ -13,6 +13,7 @@ from contrast_d2 import get_config
 from contrast_d2.engine import argument_parser, import_modules, load_config
 
 YAML = str(Path(__file__).parents[2] / "configs/camvid/semfpn_r18_base_6k.yaml")
+OFFLINE = ["MODEL.BACKBONE.OPTIONS.PRETRAINED", "False"]
 CONFIG = str(Path(__file__).parents[2] / "configs/shapes/semfpn_r18_ms_cs_demo.py")
 
 
@@ -95,15 +96,15 @@ def test_the_saved_yaml_loads_as_the_same_config(tmp_path: Path) -> None:
 
 
 def test_detectron2s_yaml_takes_keys_and_values() -> None:
-    overrides = ["SOLVER.MAX_ITER", "9", "MODEL.TIMM.PRETRAINED", "False", "OUTPUT_DIR", "a/b"]
+    overrides = ["SOLVER.MAX_ITER", "9", *OFFLINE, "OUTPUT_DIR", "a/b"]
     cfg = load_config(YAML, overrides)
     assert (cfg.train.max_iter, cfg.train.output_dir) == (9, "a/b")
-    assert cfg.model.backbone.pretrained is False
+    assert cfg.model.cfg.MODEL.BACKBONE.OPTIONS.PRETRAINED is False
     assert cfg.dataloader.evaluator.output_dir == "a/b/inference/camvid_sem_seg_val"
 
 
 def test_what_a_run_of_detectron2s_yaml_saves_is_a_lazy_config(tmp_path: Path) -> None:
-    cfg = load_config(YAML, ["MODEL.TIMM.PRETRAINED", "False"])
+    cfg = load_config(YAML, OFFLINE)
     LazyConfig.save(cfg, str(tmp_path / "config.yaml"))
     loaded = load_config(str(tmp_path / "config.yaml"), ["train.seed=4", "optimizer.lr=0.5"])
     assert (loaded.train.seed, loaded.optimizer.lr) == (4, 0.5)
@@ -117,12 +118,12 @@ def test_what_a_run_of_detectron2s_yaml_saves_is_a_lazy_config(tmp_path: Path) -
     ("overrides", "message"),
     [
         (["SOLVER.MAX_ITERS", "3"], "unknown config key SOLVER.MAX_ITERS. .* SOLVER.MAX_ITER?"),
-        (["MODEL.TIMM.NAMES", "x"], "unknown config key MODEL.TIMM.NAMES"),
+        (["MODEL.BACKBONE.OPTIONS.NAMES", "x"], "unknown config key MODEL.BACKBONE.OPTIONS.NAMES"),
         (["SOLVER.MAX_ITER", "many"], "Type mismatch.*SOLVER.MAX_ITER"),
         (["SOLVER.MAX_ITER"], "SOLVER.MAX_ITER: the last override has no value"),
         (["train.max_iter=3"], "train.max_iter=3: .* KEY VALUE"),
         (["SOLVER.MAX_ITER", "3", "--resume"], "--resume: flags go before"),
-        (["MODEL.CONTRAST.MULTISCALE.SCALE_WEIGHTS", "{res2: 1}"], "cannot read"),
+        (["MODEL.CONTRAST.OPTIONS.SCALE_WEIGHTS", "{res2: 1}"], "write it as in Python"),
     ],
 )
 def test_a_wrong_override_of_detectron2s_yaml_is_told(overrides: list[str], message: str) -> None:
