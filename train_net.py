@@ -27,7 +27,7 @@ from detectron2.config import instantiate
 from detectron2.engine import create_ddp_model, default_writers, hooks, launch
 from detectron2.utils import comm
 from omegaconf import DictConfig
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from contrast_d2.engine import (
     BestCheckpointer,

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import record
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 
 class JobError(Exception):

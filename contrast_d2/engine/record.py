@@ -126,7 +126,7 @@ def detectron2_version() -> str:
     Its main branch calls itself 0.6 as well: the commit is known of a checkout, and of what pip
     has installed from a repository.
     """
-    commit = commit_of(Path(detectron2.__file__))
+    commit = commit_of(Path(str(detectron2.__file__)))
     version = detectron2.__version__
     try:
         distribution = importlib.metadata.distribution("detectron2")

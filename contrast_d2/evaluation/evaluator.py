@@ -184,7 +184,7 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
         num_images = sum(images for images, _ in parts)
         if folder:
             PathManager.mkdirs(folder)
-            self._write_scores(scores, num_images)
+            self._write_scores(folder, scores, num_images)
             path = os.path.join(folder, "confusion_matrix")
             write_confusion_csv(confusion, self._class_names, path + ".csv")
             write_confusion_picture(confusion, self._class_names, path + ".png")
@@ -225,8 +225,8 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
                 result |= {name: 100 * score for name, score in scores.items()}
         return result
 
-    def _write_scores(self, scores: dict[str, float], num_images: int) -> None:
-        path = os.path.join(self._output_dir, "sem_seg_evaluation")
+    def _write_scores(self, folder: str, scores: dict[str, float], num_images: int) -> None:
+        path = os.path.join(folder, "sem_seg_evaluation")
         with PathManager.open(path + ".pth", "wb") as file:
             torch.save(scores, file)
         report = {
