@@ -59,13 +59,8 @@ def add_contrast_config(cfg: CfgNode) -> None:
     add_deeplab_config(cfg)
     cfg.MODEL.CONTRAST = CfgNode({"NAME": ""})  # "" is the baseline
     cfg.MODEL.SEG_LOSS = CfgNode({"NAME": "cross_entropy"})
-    for part in (
-        cfg.MODEL.BACKBONE,
-        cfg.MODEL.SEM_SEG_HEAD,
-        cfg.MODEL.CONTRAST,
-        cfg.MODEL.SEG_LOSS,
-    ):
-        part.OPTIONS = CfgNode(new_allowed=True)
+    for part in ("BACKBONE", "SEM_SEG_HEAD", "CONTRAST", "SEG_LOSS"):
+        cfg.MODEL[part].OPTIONS = CfgNode(new_allowed=True)
     cfg.INPUT.AUGMENTATIONS = CfgNode(new_allowed=True)
     cfg.TEST.INFERENCE = CfgNode(new_allowed=True)
     cfg.TEST.EVALUATOR = CfgNode(new_allowed=True)
@@ -313,12 +308,11 @@ def _read_by_model(model: DictConfig) -> set[str]:
     """The keys that a model reads: it is built without memory and without starting weights."""
     read: set[str] = set()
     cfg = ReadKeys(_as_node(without_starting_weights(model).cfg), read)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with torch.device("meta"):
-                model_from_yacs(cfg, model.contrast)
-        except (NotImplementedError, RuntimeError):  # a builder that looks at values
+    try:
+        with torch.device("meta"):
             model_from_yacs(cfg, model.contrast)
+    except (NotImplementedError, RuntimeError):  # a builder that looks at values
+        model_from_yacs(cfg, model.contrast)
     is_ours = cfg.MODEL.META_ARCHITECTURE == "ContrastiveSegmentor"
     return read - _WITHOUT_EFFECT if is_ours else read
 

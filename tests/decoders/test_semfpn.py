@@ -29,7 +29,11 @@ def test_logits_are_those_of_detectron2() -> None:
         module.eval()
     with torch.no_grad():
         expected = fpn(images)
-        output = decoder.decode(resnet(images))
+        maps = resnet(images)
+        output = decoder.decode(maps)
+        assert torch.equal(decoder(maps)[0], head(expected)[0])
+        targets = torch.randint(0, 7, (2, 64, 96))
+        assert decoder.train()(maps, targets) == head.train()(expected, targets)
         assert torch.equal(output.logits, head.layers(expected))
         assert torch.equal(output.logits, head.predictor(output.features.pop("pre_logits")))
     assert output.features.keys() == expected.keys() == {"p2", "p3", "p4", "p5"}
