@@ -12,7 +12,8 @@ With unit roundoff u, temperature T and width D, to first order in u:
   by 2 d of its value.
 
 Sums over samples add a few u, without 1 / T. All these errors would have to point the same way for
-the bound to be met: kernels and plain PyTorch stay below a tenth of it, whichever BLAS they use.
+the bound to be met: kernels and plain PyTorch were seen to stay below a fifth of it, whichever BLAS
+they used.
 """
 
 from __future__ import annotations
