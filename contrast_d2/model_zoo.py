@@ -31,12 +31,17 @@ def get_config(name: str) -> DictConfig:
 
     Reference: `detectron2.model_zoo.get_config`.
     """
-    from .engine.config import load_config  # imports all that experiments need
+    from detectron2.config import LazyConfig  # which `contrast_d2.contrast` does without
+
+    from .yacs import load_yacs, tree_from_yacs
 
     folder = resource("configs")
     path = folder / name
     if not path.is_file():
-        files = [str(p.relative_to(folder)) for p in folder.glob("*/*.*") if p.parent != "common"]
+        paths = [p for p in folder.glob("*/*.*") if p.parent.name not in ("common", "ablations")]
+        files = [str(p.relative_to(folder)) for p in paths]
         near = difflib.get_close_matches(name, files, n=1, cutoff=0.0)
         raise ValueError(f"there is no experiment file {name!r}. Did you mean {near[0]!r}?")
-    return load_config(str(path))
+    if path.suffix == ".yaml":
+        return tree_from_yacs(load_yacs(str(path)))
+    return LazyConfig.load(str(path))

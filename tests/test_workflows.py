@@ -74,7 +74,8 @@ def check(command: str) -> None:
 
 
 def check_shell(path: Path) -> None:
-    lines = [line.strip() for line in path.read_text().splitlines()]
+    text = path.read_text().replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines()]
     called = [line for line in lines if line.startswith("make ")]
     assert called, f"{path} makes nothing"
     for line in called:

@@ -34,10 +34,11 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
     def before_train(self) -> None:
         super().before_train()
         # Later ones, which a kill can leave before `last_checkpoint` names them, come again.
-        done = f"model_{self.trainer.start_iter - 1:07d}.pth"
-        folder: str = self.checkpointer.save_dir
-        numbered = [path for path in training_checkpoints(folder) if "final" not in path[-9:]]
-        self.recent_checkpoints = [p for p in numbered if os.path.basename(p) <= done]
+        last = os.path.join(
+            self.checkpointer.save_dir, f"model_{self.trainer.start_iter - 1:07d}.pth"
+        )
+        written = training_checkpoints(self.checkpointer.save_dir)
+        self.recent_checkpoints = [path for path in written if path <= last]
 
 
 class BestCheckpointer(HookBase):
