@@ -121,20 +121,22 @@ def record_run(output_dir: str) -> None:
 
 
 def detectron2_version() -> str:
-    """The version of detectron2, with the commit where it is not a release.
+    """The version of the detectron2 that is imported, with the commit where it is not a release.
 
     Its main branch calls itself 0.6 as well: the commit is known of a checkout, and of what pip
     has installed from a repository.
     """
-    commit = commit_of(Path(str(detectron2.__file__)))
-    version = detectron2.__version__
+    file = Path(str(detectron2.__file__))
+    version, commit = detectron2.__version__, commit_of(file)
     try:
         distribution = importlib.metadata.distribution("detectron2")
-    except importlib.metadata.PackageNotFoundError:  # a folder on the import path
-        return f"{version} at {commit}" if commit else version
-    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
-    commit = origin.get("vcs_info", {}).get("commit_id") or commit
-    return f"{distribution.version} at {commit}" if commit else distribution.version
+    except importlib.metadata.PackageNotFoundError:
+        distribution = None
+    if distribution and Path(str(distribution.locate_file("detectron2"))) == file.parent:
+        version = distribution.version
+        origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+        commit = origin.get("vcs_info", {}).get("commit_id")
+    return f"{version} at {commit}" if commit else version
 
 
 def commit_of(file: Path) -> str | None:

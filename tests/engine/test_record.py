@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import detectron2
 import pytest
 import torch
 
-from contrast_d2.engine.record import commit_of, record_run
+import contrast_d2
+from contrast_d2.engine.record import commit_of, detectron2_version, record_run
 
 
 def git(folder: Path, *arguments: str) -> str:
@@ -42,4 +44,23 @@ def test_the_note_repeats_the_command(tmp_path: Path, monkeypatch: pytest.Monkey
     note = json.loads((tmp_path / "run.json").read_text())
     assert note["command"] == "python train_net.py --config-file 'a b.py' train.seed=1"
     assert note["torch"] == torch.__version__
+    assert note["contrast_d2"] == contrast_d2.__version__
+    assert note["detectron2"] == detectron2_version()
     assert note["processes"] == 1
+
+
+def test_a_checkout_of_detectron2_is_told_from_the_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert detectron2_version().startswith(detectron2.__version__)
+    assert " at " not in detectron2_version()
+    file = tmp_path / "detectron2" / "__init__.py"
+    file.parent.mkdir()
+    file.write_text("")
+    monkeypatch.setattr(detectron2, "__file__", str(file))  # as with a folder on the import path
+    assert detectron2_version() == detectron2.__version__
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-qm", "first")
+    head = git(tmp_path, "rev-parse", "HEAD")
+    assert detectron2_version() == f"{detectron2.__version__} at {head}"
