@@ -130,8 +130,8 @@ class Probes:
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether a device has products of bf16, which others emulate.
 
-    A CPU that oneDNN has no such products for, such as one with AVX2 and no AVX-512, takes 50 to
-    200 times as long as for fp32: too long to be timed, so PyTorch is asked.
+    A CPU that oneDNN has no such products for, such as one with AVX2 and no AVX-512, takes some 100
+    times as long as for fp32: too long to be timed, so PyTorch is asked.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

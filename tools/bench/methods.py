@@ -173,8 +173,8 @@ def measure_step(
 
     if work.precision == "bf16" and not multiplies_bf16(device):
         raise ValueError(
-            f"precision bf16 on {device.type}: it emulates the products, which takes 50 to 200 "
-            "times as long as in fp32. Measure fp32."
+            f"precision bf16 on {device.type}: it emulates the products, some 100 times slower "
+            "than in fp32. Measure fp32."
         )
     names = list(work.files)
     say(f"\na training step of {', '.join(names)}")
