@@ -161,6 +161,7 @@ class Contextrast(ContrastMethod):
                     self._statistics(part, of_class, exists_K),
                     partial(_drawn, batch.label_map(name), part.errors.selected),
                     partial(self._pairs, batch.label_map(name), part, of_class, exists_K),
+                    means.counts[i],
                 )
             )
         return terms

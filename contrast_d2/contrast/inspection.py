@@ -76,6 +76,8 @@ class Inspection:
         draws: by scale, and there by what the pixels were drawn for: "anchors", "boundary
             negatives", or "samples", which serve as positives and negatives alike.
         similarities: by term.
+        anchor_pixels: by scale, (K,) number of pixels whose mean is the anchor of the class, for
+            methods whose anchors are such means.
         bank_fill: by kind of key, (K,) share of the slots of each class that are filled.
     """
 
@@ -83,6 +85,7 @@ class Inspection:
         self.num_classes = num_classes
         self.draws: dict[str, dict[str, DrawnPixels]] = {}
         self.similarities: dict[str, Similarities] = {}
+        self.anchor_pixels: dict[str, Tensor] = {}
         self.bank_fill: dict[str, Tensor] = {}
         self._batch: Batch | None = None
 
@@ -140,6 +143,8 @@ class Inspection:
         prefix, _, feature = term.name.rpartition("/")
         for role, draw in term.draws().items():
             self._add_draw(prefix, feature, role, draw)
+        if term.anchor_pixels is not None:
+            self.anchor_pixels[term.name] = term.anchor_pixels.detach()
         self._add_pairs(term.name, term.pairs(_MOST_ANCHORS * _MOST_SAMPLES))
 
     def _add_draw(self, prefix: str, feature: str, role: str, draw: PixelDraw) -> None:

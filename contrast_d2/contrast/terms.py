@@ -126,6 +126,8 @@ class OwnTerm(NamedTuple):
         statistics: 0-dim tensors by name.
         draws: what was drawn from the feature map of that name, by what for; for an observer.
         pairs: at most so many pairs, for an observer.
+        anchor_pixels: (K,) number of pixels whose mean is the anchor of each class; None where
+            anchors are no such means.
     """
 
     name: str
@@ -134,6 +136,7 @@ class OwnTerm(NamedTuple):
     statistics: Mapping[str, Tensor]
     draws: Callable[[], Mapping[str, PixelDraw]]
     pairs: Callable[[int], PairSample]
+    anchor_pixels: Tensor | None = None
 
 
 class Observer(Protocol):
