@@ -142,7 +142,9 @@ class ContrastMethod(nn.Module):
             drawn = {i: draw[number] for i, draw in enumerate(draws) if draw is not None}
             joined = joined_draws(list(drawn.values()))
             rows = self.projector.embed(batch.maps, feature, joined)
-            parts = rows.split([len(draw.labels) for draw in drawn.values()])
+            parts = [rows]
+            if len(drawn) > 1:
+                parts = rows.split([len(draw.labels) for draw in drawn.values()])
             for part, (i, draw) in zip(parts, drawn.items(), strict=True):
                 sets[i][feature] = PixelSet(part, draw.labels, draw.class_counts, feature, draw)
         return sets

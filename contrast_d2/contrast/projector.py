@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .sets import PixelDraw, at_least_fp32, gather_pixels, stack_processes, unit_vectors
+from .sets import (
+    PixelDraw,
+    at_least_fp32,
+    gather_embeddings,
+    gather_pixels,
+    stack_processes,
+    unit_vectors,
+)
 
 Norm = Literal["batch", "layer"] | None
 Order = Literal["relu_norm", "norm_relu"]
@@ -248,7 +255,7 @@ class MultiScaleProjector(nn.Module):
         """(N, D) unit vectors of pixels drawn from one of the maps that `forward` returned."""
         # The padding of a draw of fixed size can name a pixel twice, and so can joined draws.
         distinct = draw.class_counts is not None
+        if self.projection == "dense":
+            return gather_embeddings(maps[name], draw.image, draw.pixel, distinct=distinct)
         rows = gather_pixels(maps[name], draw.image, draw.pixel, distinct=distinct)
-        if self.projection == "sampled":
-            rows = self.heads[name].project_rows(rows, draw.labels >= 0)  # pyright: ignore[reportCallIssue]
-        return unit_vectors(rows)
+        return unit_vectors(self.heads[name].project_rows(rows, draw.labels >= 0))  # pyright: ignore[reportCallIssue]

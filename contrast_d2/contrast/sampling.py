@@ -88,7 +88,8 @@ class Batch:
         """(B, h, w) labels at the size of a map."""
         key = "labels", self.maps[feature].shape[-2:]
         if key not in self._at_size:
-            self._at_size[key] = downsample_labels(self.labels, key[1])
+            # Contiguous, for it is read several times.
+            self._at_size[key] = downsample_labels(self.labels, key[1]).contiguous()
         return self._at_size[key]
 
     def scores(self, feature: str) -> Tensor:

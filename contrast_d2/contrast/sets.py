@@ -166,14 +166,14 @@ def gather_pixels(maps: Tensor, image: Tensor, pixel: Tensor, *, distinct: bool 
     Returns:
         (N, C), of the same dtype, connected to the graph even where N = 0.
     """
-    return _GatherPixels.apply(maps, image, pixel, distinct)
+    return _Gather.apply(maps, image, pixel, distinct, False)
 
 
 def gather_embeddings(
     embeddings: Tensor, image: Tensor, pixel: Tensor, *, distinct: bool = False
 ) -> Tensor:
     """Reads pixels off an embedding map (B, D, h, w), as `gather_pixels`, at length 1: (N, D)."""
-    return unit_vectors(gather_pixels(embeddings, image, pixel, distinct=distinct))
+    return _Gather.apply(embeddings, image, pixel, distinct, True)
 
 
 def unit_vectors(rows: Tensor) -> Tensor:
@@ -207,22 +207,37 @@ def refuse_second_derivative(name: str) -> None:
         raise RuntimeError(f"{name} cannot be differentiated twice: leave out create_graph.")
 
 
-class _GatherPixels(Function):
-    @staticmethod
-    def forward(ctx, maps: Tensor, image: Tensor, pixel: Tensor, distinct: bool) -> Tensor:
-        ctx.save_for_backward(image, pixel)
-        ctx.shape, ctx.distinct = maps.shape, distinct
-        last = maps.stride(1) == 1 and not maps.is_contiguous()
-        ctx.memory_format = torch.channels_last if last else torch.contiguous_format
-        if maps.is_contiguous():
-            return _read_planes(maps, image, pixel)
-        width = maps.shape[3]
-        return maps.permute(0, 2, 3, 1)[image, pixel // width, pixel % width]
+class _Gather(Function):
+    """Reads pixels and, where asked for, brings them to length 1."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def forward(
+        ctx, maps: Tensor, image: Tensor, pixel: Tensor, distinct: bool, normalize: bool
+    ) -> Tensor:
+        ctx.shape, ctx.dtype, ctx.distinct = maps.shape, maps.dtype, distinct
+        last = maps.stride(1) == 1 and not maps.is_contiguous()
+        ctx.memory_format = torch.channels_last if last else torch.contiguous_format
+        width = maps.shape[3]
+        if maps.is_contiguous():
+            rows = _read_planes(maps, image, pixel)
+        else:
+            rows = maps.permute(0, 2, 3, 1)[image, pixel // width, pixel % width]
+        lengths = None
+        if normalize:
+            rows = at_least_fp32(rows)
+            lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-12)
+            rows = rows / lengths
+        ctx.save_for_backward(image, pixel, rows if normalize else None, lengths)
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("gather_pixels")
-        image, pixel = ctx.saved_tensors
+        image, pixel, units, lengths = ctx.saved_tensors
+        if units is not None:
+            along = (units * grad).sum(dim=1, keepdim=True)
+            grad = torch.addcmul(grad, units, along, value=-1).div_(lengths)
+        grad = grad.to(ctx.dtype)
         d_maps = torch.empty(
             ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format
         )
@@ -232,7 +247,7 @@ class _GatherPixels(Function):
             rows = image, pixel // ctx.shape[3], pixel % ctx.shape[3]
             d_maps.zero_()
             d_maps.permute(0, 2, 3, 1).index_put_(rows, grad, accumulate=not ctx.distinct)
-        return d_maps, None, None, None
+        return d_maps, None, None, None, None
 
 
 # The channels of a pixel lie a plane (h, w) apart. Pixel by pixel, a CPU would miss every cache and
