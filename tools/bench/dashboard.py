@@ -67,7 +67,7 @@ def _steps(
     from detectron2.utils.events import EventStorage, TensorboardXWriter
 
     from contrast_d2.contrast import Inspection
-    from contrast_d2.engine.dashboard import Dashboard
+    from contrast_d2.studio.dashboard import Dashboard
 
     config = experiment(path)
     model = MethodStep({path: path}).model(path).to(device)
@@ -76,9 +76,9 @@ def _steps(
     if contrast is None:
         raise ValueError(f"{path}: a baseline has no dashboard; give a file with a contrast")
     class_names = MetadataCatalog.get(config.dataset.test).stuff_classes
-    hook = Dashboard(contrast, 1, folder, class_names)
+    hook = Dashboard(1, folder, config.dataset.test)
     storage = EventStorage()
-    hook.trainer = SimpleNamespace(iter=0, storage=storage, last_batch=batch)
+    hook.trainer = SimpleNamespace(iter=0, model=model, storage=storage, last_batch=batch)
     writer = TensorboardXWriter(folder)
 
     def step() -> None:
