@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from contrast_d2.analysis import (
+from contrast_d2.contrast import ContrastSum
+from contrast_d2.decoders import FCNDecoder, OCRDecoder
+from contrast_d2.segmentor import ContrastiveSegmentor
+from contrast_d2.studio.analysis import (
     analyze,
     attention_flops,
     capture_inference,
     inference_differences,
 )
-from contrast_d2.contrast import ContrastSum
-from contrast_d2.decoders import FCNDecoder, OCRDecoder
-from contrast_d2.segmentor import ContrastiveSegmentor
 
 from .tiny import CHANNELS, NUM_CLASSES, tiny_contrast, tiny_segmentor
 

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from contrast_d2.compositing import (
+from contrast_d2.studio.compositing import (
     BOX_COLORS,
     Entry,
     blend,
@@ -16,8 +16,8 @@ from contrast_d2.compositing import (
     panels,
     with_legend,
 )
-from contrast_d2.differences import FIRST, NEITHER, SECOND, Region
-from contrast_d2.visualize import overlay
+from contrast_d2.studio.differences import FIRST, NEITHER, SECOND, Region
+from contrast_d2.studio.visualize import overlay
 
 NAMES = ["road", "sky", "car", "person"]
 COLORS = [(128, 64, 128), (70, 130, 180), (0, 0, 142), (220, 20, 60)]

@@ -20,8 +20,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from contrast_d2.__main__ import programs
-from contrast_d2.ablation import read_definition
 from contrast_d2.engine import argument_parser, load_config
+from contrast_d2.studio.ablation import read_definition
 
 from .documents import PAGES, ROOT, Block, Command, blocks_of, commands_in_text, commands_of
 
@@ -318,4 +318,4 @@ def test_the_reference_has_all_packages() -> None:
     }
     modules = {f"contrast_d2.{path.stem}" for path in (ROOT / "contrast_d2").glob("[!_]*.py")}
     missing = (packages | modules) - named - {"contrast_d2", "contrast_d2.structures"}
-    assert missing <= {"contrast_d2.weights", "contrast_d2.model_zoo"}, missing
+    assert missing <= {"contrast_d2.weights"}, missing

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contrast_d2 import export
 from contrast_d2.backbones import TimmBackbone
 from contrast_d2.decoders import FCNDecoder
+from contrast_d2.deploy import export
 from contrast_d2.segmentor import ContrastiveSegmentor
 from contrast_d2.structures import SegOutput
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.solver import LRMultiplier
 
-from contrast_d2.solver import optimizer_params, poly_schedule
+from contrast_d2.config.solver import optimizer_params, poly_schedule
 
 
 def rates(max_iter: int, **arguments) -> list[float]:

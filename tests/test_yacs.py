@@ -25,8 +25,8 @@ from torch import nn
 
 from contrast_d2 import add_contrast_config
 from contrast_d2.backbones import without_starting_weights
+from contrast_d2.config.yacs import ReadKeys, load_yacs, tree_from_yacs
 from contrast_d2.evaluation.runs import load_saved_config
-from contrast_d2.yacs import ReadKeys, load_yacs, tree_from_yacs
 
 ROOT = Path(__file__).parents[1]
 CAMVID = ROOT / "configs/camvid"

@@ -41,7 +41,8 @@ from bench.machine import note  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
 import train_net  # noqa: E402
-from contrast_d2.engine import Trainer, argument_parser, files  # noqa: E402
+from contrast_d2 import files  # noqa: E402
+from contrast_d2.engine import Trainer, argument_parser  # noqa: E402
 
 _ITERATIONS = 40
 # The job with all its parts, on a network of 0.4 M weights: a start takes seconds.

@@ -55,12 +55,12 @@ def test_a_stopped_run_leaves_complete_files_and_is_gone_on_with(ade20k, monkeyp
 
     save, saved = Image.Image.save, []
 
-    def stopped(self, path, *args, **kwargs):
-        saved.append(path)
+    def stopped(self, file, *args, **kwargs):
+        saved.append(file)
         if len(saved) == 3:
-            Path(path).write_bytes(b"half a file")
+            file.write(b"half a file")
             raise KeyboardInterrupt
-        save(self, path, *args, **kwargs)
+        save(self, file, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", stopped)

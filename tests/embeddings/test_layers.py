@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from contrast_d2.contrast import ContrastSum
-from contrast_d2.embeddings import LayerTap, projection_heads
+from contrast_d2.studio.embeddings import LayerTap, projection_heads
 
 from ..tiny import tiny_contrast, tiny_segmentor
 

@@ -16,13 +16,12 @@ from detectron2.utils.events import EventStorage, JSONWriter
 from torch import nn
 
 from contrast_d2.engine import Checkpointer
-from contrast_d2.engine.files import (
+from contrast_d2.engine.hooks import MetricsWriter, keep_metrics_until
+from contrast_d2.files import (
     DiskFullError,
-    keep_metrics_until,
     stop_when_disk_is_full,
-    write_atomically,
+    write_durably,
 )
-from contrast_d2.engine.hooks import MetricsWriter
 
 
 @contextmanager
@@ -46,7 +45,7 @@ def test_a_failed_write_leaves_the_file_of_before(tmp_path: Path) -> None:
         raise OSError(errno.EIO, "the disk is broken")
 
     with pytest.raises(OSError, match="the disk is broken"):
-        write_atomically(str(path), fail)
+        write_durably(str(path), fail)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -116,5 +115,5 @@ def test_the_folder_is_synced_after_the_rename(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
-    write_atomically(str(tmp_path / "file"), lambda file: file.write(b"x"))
+    write_durably(str(tmp_path / "file"), lambda file: file.write(b"x"))
     assert synced == [[f"file.{os.getpid()}.tmp"], ["file"]]

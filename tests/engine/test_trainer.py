@@ -13,8 +13,8 @@ from detectron2.engine import HookBase, hooks
 from torch import nn
 
 from contrast_d2.engine import NonFiniteLossError, Trainer
-from contrast_d2.engine.files import DiskFullError
 from contrast_d2.engine.trainer import Batch
+from contrast_d2.files import DiskFullError
 
 
 class TwoLosses(nn.Module):

@@ -31,7 +31,6 @@ pytest.importorskip("pytorch_metric_learning", reason="the benchmark's peer: ins
 # ruff: noqa: E402
 from bench import cases, contrast, growth, machine, peers, scenes, tables, worker
 from bench.host_reads import count_host_reads
-from bench.methods import MethodStep
 from bench.training import BASELINE, VARIANTS, TrainingStep
 from bench.workloads import BF16, FIXED_SIZE, OURS, SUPCON, TEXTBOOK, InfoNCE, Step
 
@@ -457,49 +456,6 @@ def test_variants_of_the_projection_share_one_model() -> None:
     # Batch norms of the map give what they give in dense projection; those of the draw do not.
     assert losses["sampled, map"] == pytest.approx(losses["dense"], rel=1e-4)
     assert losses["sampled, draw"] != pytest.approx(losses["dense"], rel=1e-4)
-
-
-# Methods
-
-DEMO = {name: str(ROOT / f"configs/shapes/semfpn_r18_{name}_demo.py") for name in ("base", "ms_cs")}
-
-
-def test_methods_start_from_the_weights_of_the_baseline(tmp_path) -> None:
-    weights = tmp_path / "base.pth"
-    trained = MethodStep(DEMO).model("base")
-    torch.nn.init.constant_(trained.sem_seg_head.predictor.bias, 3.0)
-    torch.save({"model": trained.state_dict()}, weights)
-    step = MethodStep(DEMO, str(weights))
-    models = {name: step.model(name) for name in DEMO}
-    assert all((m.sem_seg_head.predictor.bias == 3).all() for m in models.values())
-    assert models["base"].contrast is None and models["ms_cs"].contrast is not None
-    baseline, method = (run().item() for run in step.contenders(CPU, list(DEMO)).values())
-    assert method > baseline + 0.1
-
-    torch.save({"model": {"backbone.other": torch.zeros(1)}}, weights)
-    with pytest.raises(ValueError, match="base.pth does not fit .*base_demo.py: .*weights of its"):
-        step.model("base")
-
-
-@pytest.mark.slow
-def test_the_tool_measures_methods(tmp_path) -> None:
-    output = tmp_path / "methods.json"
-    command = [sys.executable, TOOL, "methods", *DEMO.values(), "--repeats", "1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--output", output], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(output.read_text())["methods"]
-    base, method = found["semfpn_r18_base_demo"], found["semfpn_r18_ms_cs_demo"]
-    assert base["times_baseline"]["median"] == 1
-    assert method["parameters"] > base["parameters"]
-    # fp32 weights, and little else.
-    assert 4 * base["parameters"] < 1e6 * base["checkpoint_mb"] < 4.1 * base["parameters"]
-    assert method["checkpoint_mb"] > base["checkpoint_mb"]
-    assert base["peak_mib"] > 1
-    table = tables.fill("<!-- methods.json: methods -->\n<!-- end -->\n", tmp_path)
-    assert f"| `semfpn_r18_ms_cs_demo` | {method['ms']['median']:,.0f} | " in table
 
 
 # The command line

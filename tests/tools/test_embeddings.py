@@ -11,9 +11,9 @@ import pytest
 import torch
 from detectron2.config import instantiate
 
-from contrast_d2.embeddings import study
 from contrast_d2.engine import load_config
 from contrast_d2.segmentor import inference_state_dict
+from contrast_d2.studio.embeddings import study
 
 from ..tiny import SMALL_NETWORK
 

@@ -11,13 +11,18 @@ from typing import Any
 import numpy as np
 from detectron2.data import MetadataCatalog
 from detectron2.engine import HookBase
-from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..contrast import DrawnPixels, Inspection
-from ..dashboard import bars_figure, class_counts, draws_picture, figure_pixels, similarity_figure
-from .files import write_atomically
+from ..files import write_durably
+from .dashboard_pictures import (
+    bars_figure,
+    class_counts,
+    draws_picture,
+    figure_pixels,
+    similarity_figure,
+)
 
 # Images of the batch that are shown, and bins of the histograms.
 _SHOWN, _BINS = 2, 100
@@ -36,42 +41,52 @@ class Dashboard(HookBase):
 
     The newest picture of each kind is also a file in `<output_dir>/dashboard`. The step is the one
     of the training: no number of it, nor any random one, is changed. In all other steps nothing
-    is computed. To be registered before the hook that writes metrics.
+    is computed, nor for a model without contrast. To be registered before the hook that writes
+    metrics.
 
     Args:
-        contrast: the method, or sum of methods, that the trainer's model runs.
         period: in iterations, 1 or more.
         output_dir: folder of the run.
-        class_names: K names.
+        dataset: a registered dataset, or several with the same classes, for the names of these.
         image_format: order of the channels of the training images, "RGB" or "BGR".
     """
 
     def __init__(
         self,
-        contrast: nn.Module,
         period: int,
         output_dir: str,
-        class_names: Sequence[str],
+        dataset: str | Sequence[str],
         image_format: str = "RGB",
     ) -> None:
-        self._contrast = contrast
         self._period = period
         self._folder = os.path.join(output_dir, "dashboard")
-        self._class_names = list(class_names)
+        name = dataset if isinstance(dataset, str) else dataset[0]
+        self._class_names: list[str] = MetadataCatalog.get(name).stuff_classes
         self._image_format = image_format
 
+    @property
+    def _contrast(self) -> Any:
+        """The method, or sum of methods, of the trainer's model; None for a baseline."""
+        model = self.trainer.model  # pyright: ignore[reportAttributeAccessIssue]
+        wrapped = isinstance(model, DistributedDataParallel)
+        return getattr(model.module if wrapped else model, "contrast", None)
+
+    def _looks(self) -> bool:
+        """Whether this step is shown."""
+        return (self.trainer.iter + 1) % self._period == 0 and self._contrast is not None
+
     def before_step(self) -> None:
-        if (self.trainer.iter + 1) % self._period == 0:
-            self._contrast.inspection = Inspection(len(self._class_names))  # pyright: ignore[reportArgumentType]
+        if self._looks():
+            self._contrast.inspection = Inspection(len(self._class_names))
 
     def after_step(self) -> None:
-        if (self.trainer.iter + 1) % self._period == 0:
-            inspection, self._contrast.inspection = self._contrast.inspection, None  # pyright: ignore[reportArgumentType]
-            self._show(inspection, self.trainer.last_batch)  # pyright: ignore[reportArgumentType]
+        if self._looks():
+            inspection, self._contrast.inspection = self._contrast.inspection, None
+            self._show(inspection, self.trainer.last_batch)  # pyright: ignore[reportAttributeAccessIssue]
 
     def after_train(self) -> None:
-        # After a step that failed.
-        self._contrast.inspection = None  # pyright: ignore[reportArgumentType]
+        if self._contrast is not None:
+            self._contrast.inspection = None  # after a step that failed
 
     def _show(self, inspection: Inspection, batch: Sequence[dict[str, Any]]) -> None:
         os.makedirs(self._folder, exist_ok=True)
@@ -120,25 +135,4 @@ class Dashboard(HookBase):
         """Hands a picture (H, W, 3) to the writers, and to a file."""
         self.trainer.storage.put_image(f"dashboard/{name}", picture.transpose(2, 0, 1))
         path = os.path.join(self._folder, name.replace("/", "_") + ".png")
-        write_atomically(path, lambda file: Image.fromarray(picture).save(file, format="png"))
-
-
-def build_dashboard(cfg: DictConfig, model: nn.Module) -> Dashboard | None:
-    """Builds the hook that shows what the contrast does; None without contrast, or if unwanted.
-
-    Args:
-        cfg: whole config.
-        model: a `ContrastiveSegmentor`.
-    """
-    contrast: Any = getattr(model, "contrast", None)
-    if cfg.train.dashboard_period == 0 or contrast is None:
-        return None
-    train_sets = cfg.dataset.train
-    name = train_sets if isinstance(train_sets, str) else train_sets[0]
-    return Dashboard(
-        contrast,
-        cfg.train.dashboard_period,
-        cfg.train.output_dir,
-        MetadataCatalog.get(name).stuff_classes,
-        image_format=OmegaConf.select(cfg, "dataloader.train.mapper.image_format") or "RGB",
-    )
+        write_durably(path, lambda file: Image.fromarray(picture).save(file, format="png"))

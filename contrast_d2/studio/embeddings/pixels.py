@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..contrast.sampling import downsample_labels, predicted_labels
+from ...contrast.sampling import downsample_labels, predicted_labels
 from .layers import LayerOutput, LayerTap
 
 Columns = dict[str, np.ndarray]

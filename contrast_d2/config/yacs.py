@@ -36,8 +36,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from torch.optim import SGD
 
-from .backbones import without_starting_weights
-from .registries import common, did_you_mean, find, plain, set_options
+from ..backbones import without_starting_weights
+from ..registries import common, did_you_mean, find, plain, set_options
 
 # Keys of detectron2 that may also say what is done here anyway.
 _AS_HERE = {

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ..contrast.statistics import class_sums, similarity_statistics
-from ..evaluation.metrics import confusion_matrix, segmentation_scores
+from ...contrast.statistics import class_sums, similarity_statistics
+from ...evaluation.metrics import confusion_matrix, segmentation_scores
 
 # Rows whose similarities to all others are held at a time.
 _CHUNK_ROWS = 1024

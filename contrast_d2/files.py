@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import IO, Any
-
-logger = logging.getLogger(__name__)
 
 # No room on the disk, in a quota, or under a limit on the size of files.
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT}
@@ -26,21 +22,36 @@ def write_atomically(path: str, write: Callable[[IO[bytes]], Any]) -> None:
     Args:
         path: of the file, in a folder that exists.
         write: puts the content into the open binary file that it is given.
-
-    Raises:
-        DiskFullError: there is no room for it. The file of before is still there.
     """
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with stop_when_disk_is_full(path), open(temporary, "wb") as file:
+        with open(temporary, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         if os.path.exists(temporary):
             os.unlink(temporary)
         raise
+
+
+def write_durably(path: str, write: Callable[[IO[bytes]], Any]) -> None:
+    """Writes a file as `write_atomically` does, so that it also outlasts a power failure.
+
+    Args:
+        path: of the file, in a folder that exists.
+        write: puts the content into the open binary file that it is given.
+
+    Raises:
+        DiskFullError: there is no room for it. The file of before is still there.
+    """
+
+    def write_and_sync(file: IO[bytes]) -> None:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+
+    with stop_when_disk_is_full(path):
+        write_atomically(path, write_and_sync)
     _sync_folder(os.path.dirname(path) or ".")
 
 
@@ -62,34 +73,6 @@ def stop_when_disk_is_full(path: str) -> Iterator[None]:
                 "is whole: make room, then continue with --resume."
             ) from error
         raise
-
-
-def keep_metrics_until(path: str, iteration: int) -> None:
-    """Drops from a metrics.json the rows that a resumed run writes anew, and torn ones.
-
-    A run that is killed has written metrics of iterations after its last checkpoint, and a kill
-    within a row would have the next one continue it.
-
-    Args:
-        path: of the file, which need not be there.
-        iteration: of the last row when the checkpoint was written that is resumed from.
-    """
-    if not os.path.exists(path):
-        return
-    with open(path, "rb") as file:
-        lines = file.readlines()
-    kept = [line for line in lines if _iteration_of(line) <= iteration]
-    if len(kept) < len(lines):
-        logger.info("%s: %d rows are written anew", path, len(lines) - len(kept))
-        write_atomically(path, lambda file: file.writelines(kept))
-
-
-def _iteration_of(line: bytes) -> float:
-    """Of a row of metrics; infinite for a torn one."""
-    try:
-        return json.loads(line)["iteration"] if line.endswith(b"\n") else float("inf")
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
 
 
 def _sync_folder(folder: str) -> None:

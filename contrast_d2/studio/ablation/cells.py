@@ -24,7 +24,7 @@ import yaml
 from detectron2.config import LazyConfig
 from omegaconf import DictConfig
 
-from ..evaluation.runs import RESOURCES_FILE, read_metrics
+from ...evaluation.runs import RESOURCES_FILE, read_metrics
 from .definition import Ablation
 
 State = Literal["missing", "begun", "finished", "changed"]

@@ -17,9 +17,9 @@ from fvcore.nn.jit_handles import get_shape
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .contrast import MultiScaleProjector
-from .segmentor import ContrastiveSegmentor, inference_state_dict, is_training_only
-from .structures import SegOutput, decode
+from ..contrast import MultiScaleProjector
+from ..segmentor import ContrastiveSegmentor, inference_state_dict, is_training_only
+from ..structures import SegOutput, decode
 
 _ATTENTION = "aten::scaled_dot_product_attention"
 

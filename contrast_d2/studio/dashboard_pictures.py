@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..contrast import DrawnPixels, Inspection
 from .compositing import Entry, panels, text_size_for, with_legend
-from .contrast import DrawnPixels, Inspection
 from .visualize import GRID, LINE_COLORS, MUTED, TEXT
 
 # Colours of Okabe and Ito, and whether a pixel is marked by a frame rather than a filled square.

@@ -20,9 +20,9 @@ from ..data import SemSegMapper
 from ..data.classes import distinct_colors
 from ..data.datasets import check_registered
 from ..data.labels import LabelMap
+from ..engine import load_config
+from ..engine.build import load_trained
 from ..evaluation import InferenceProtocol
-from .build import load_trained
-from .config import load_config
 
 
 class Predictor:

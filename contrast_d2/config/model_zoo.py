@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING
 
-from .resources import resource
+from ..resources import resource
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig

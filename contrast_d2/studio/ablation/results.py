@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..evaluation.summary import summarize_runs
+from ...evaluation.summary import summarize_runs
 from ..visualize import GRID, LINE_COLORS, MUTED, TEXT
 from .definition import Ablation
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn import functional as F
 
-from .losses import upsample
-from .segmentor import ContrastiveSegmentor
-from .structures import decode
+from ..losses import upsample
+from ..segmentor import ContrastiveSegmentor
+from ..structures import decode
 
 _INPUT, _OUTPUT = "images", "logits"
 _DIMENSIONS = {0: "batch", 2: "height", 3: "width"}

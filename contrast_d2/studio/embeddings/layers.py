@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..contrast import MultiScaleProjector
-from ..segmentor import ContrastiveSegmentor
-from ..structures import decode
+from ...contrast import MultiScaleProjector
+from ...segmentor import ContrastiveSegmentor
+from ...structures import decode
 
 _CONTRAST = "contrast"
 

@@ -23,8 +23,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from ..evaluation.runs import load_saved_config
 from ..resources import find_config
-from ..yacs import load_yacs, tree_from_yacs
 from .value_types import check_replacement, check_value_types
+from .yacs import load_yacs, tree_from_yacs
 
 
 def argument_parser() -> argparse.ArgumentParser:
