@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ...contrast.statistics import class_sums, similarity_statistics
+from ...contrast import class_sums, mean_similarities
 from ...evaluation.metrics import confusion_matrix, segmentation_scores
 
 # Rows whose similarities to all others are held at a time.
@@ -218,8 +218,9 @@ def alignment(embeddings: np.ndarray, labels: np.ndarray) -> float:
         torch.from_numpy(labels),
         int(labels.max(initial=0)) + 1,
     )
+    similarity, _ = mean_similarities(sums, sums, sums.squares, sums.counts.sum())
     # |a - b|^2 = 2 - 2 a.b for unit vectors.
-    return float(2 - 2 * similarity_statistics(sums, sums, contrast_holds_anchors=True).positive)
+    return float(2 - 2 * similarity)
 
 
 def uniformity(embeddings: np.ndarray, temperature: float = 2.0) -> float:

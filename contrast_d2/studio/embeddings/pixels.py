@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...contrast.sampling import downsample_labels, predicted_labels
+from ...contrast import downsample_labels
+from ...losses import upsample
 from .layers import LayerOutput, LayerTap
 
 Columns = dict[str, np.ndarray]
@@ -163,7 +164,7 @@ def collect_pixels(
         rows |= _places(sample, labels, drawn, image_format, patch_reach, patch_side)
         for name, output in outputs.items():
             rows[f"embeddings {name}"] = output.features.flatten(1).T[drawn].numpy()
-            predictions = predicted_labels(output.logits[None], labels.grid.shape)
+            predictions = upsample(output.logits[None], labels.grid.shape).argmax(dim=1)
             rows[f"predictions {name}"] = predictions.flatten()[drawn].numpy()
         reservoir.add(rows)
     return _pixel_set(reservoir.rows(), list(taps), file_names)
