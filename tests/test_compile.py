@@ -38,7 +38,7 @@ def build(projection: str, scales: int, **sampler: Any) -> ContrastiveSegmentor:
     backbone = TimmBackbone("test_resnet")
     contrast = MultiScaleContrast(
         MultiScaleProjector(channels, 16, num_hidden=1, **projector),
-        BalancedSampler(NUM_CLASSES, max_anchors=200, floor=8, **sampler),
+        BalancedSampler(NUM_CLASSES, max_anchors=200, min_per_class=8, **sampler),
         scale_weights=dict.fromkeys(channels, 1.0),
         **options,
     )

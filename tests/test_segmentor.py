@@ -43,7 +43,7 @@ Batch = list[dict[str, Any]]
 def contrast_on(channels: dict[str, int], weights: dict[str, float], cross=()) -> nn.Module:
     return MultiScaleContrast(
         MultiScaleProjector(channels, 16, num_hidden=1),
-        BalancedSampler(NUM_CLASSES, max_anchors=200, floor=8),
+        BalancedSampler(NUM_CLASSES, max_anchors=200, min_per_class=8),
         scale_weights=weights,
         cross_scale=cross,
     )

@@ -1,7 +1,7 @@
 """Multi- and cross-scale contrast, as the ECCV 2022 paper states it (`ms_cs`), with less of it
 (`ms`, `ms_cs_one_pair`), on other maps (`ms_cs_dilated`, `ms_cs_pyramid`), and as its official code
-does it (`ms_cs_release`). `max_anchors` is for the whole batch; the paper's 10,000 is for the images
-of one of its four GPUs.
+does it (`ms_cs_release`). `max_anchors` is for the whole batch; the paper's 10,000 is for the
+images of one of its four GPUs.
 
 Experiment files import them with an underscore: any other name in such a file is a key of its
 config, and would take overrides there that change nothing."""

@@ -3,8 +3,8 @@ bank (`pixel_memory`), and with the paper's semi-hard pairs as well (`pixel_memo
 as its official code does it, without memory (`pixel_release`).
 
 They tap the finest map of a feature pyramid, which like the paper's joins all stages at stride 4;
-files of other decoders name another. `max_anchors` is for the whole batch; the official code's 1,024
-is for the images of one GPU."""
+files of other decoders name another. `max_anchors` is for the whole batch; the official code's
+1,024 is for the images of one GPU."""
 
 from copy import deepcopy
 
