@@ -256,10 +256,9 @@ class MemoryBank(RingBuffer):
             of a number that does not depend on how full the bank is. -1 labels empty slots.
         """
         device = self.keys.device
-        ring = torch.arange(len(self.sizes), device=device).repeat_interleave(
-            self.sizes, output_size=len(self.keys)
-        )
-        rank = torch.arange(len(self.keys), device=device) - self.first[ring]
+        index = torch.arange(len(self.keys), device=device)
+        ring = torch.searchsorted(self.first + self.sizes, index, right=True)
+        rank = index - self.first[ring]
         labels = torch.where(rank < self.filled[ring], ring % self.num_classes, -1)
         per_class, most = sum(self.slots.values()), self.max_per_class
         if most is None or most >= per_class:
@@ -268,9 +267,7 @@ class MemoryBank(RingBuffer):
         slots_KS = torch.cat(
             [
                 x.view(self.num_classes, -1)
-                for x in torch.arange(len(self.keys), device=device).split(
-                    [self.num_classes * n for n in self.slots.values()]
-                )
+                for x in index.split([self.num_classes * n for n in self.slots.values()])
             ],
             dim=1,
         )

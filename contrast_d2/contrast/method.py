@@ -267,10 +267,11 @@ def check_input(
 
 
 def check_labels(label_map: Tensor, num_classes: int, ignore_label: int) -> None:
-    """Raises ValueError where there are labels of K and above other than the ignore label."""
-    unknown = (label_map >= num_classes) & (label_map != ignore_label)
-    if unknown.any():
+    """Raises ValueError where a map on the CPU has labels >= K other than the ignore label."""
+    values = label_map.numpy()
+    unknown = values[(values >= num_classes) & (values != ignore_label)]
+    if unknown.size:
         raise ValueError(
-            f"labels hold {int(label_map[unknown][0])} with num_classes={num_classes} and "
+            f"labels hold {unknown[0]} with num_classes={num_classes} and "
             f"ignore_label={ignore_label}: map the labels to 0..{num_classes - 1}, or set both."
         )

@@ -334,9 +334,7 @@ def _by_role(sides: Sequence[Side]) -> PairSelector:
 
     positives, negatives = serves_as("positives"), serves_as("negatives")
 
-    def select(
-        similarities: Tensor, positive: Tensor, negative: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def select(similarities: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
         return positive & positives, negative & negatives
 
     return select
