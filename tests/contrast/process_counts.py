@@ -204,7 +204,7 @@ def joined(ranks: list[Result]) -> Result:
 
 
 def in_order(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Buffers in which the pixel keys of a bank, all of which are drawn, are not in random order."""
+    """Buffers in which the pixel keys of a bank, all of which are drawn, are in a fixed order."""
     result = dict(buffers)
     for name, keys in buffers.items():
         if name.endswith("memory.keys") and len(keys) == NUM_CLASSES * (REGIONS + PIXELS):

@@ -1,7 +1,4 @@
-"""Sets of embeddings: read off maps, summed by class, collected over processes.
-
-Shape letters: N rows, D embedding width.
-"""
+"""Sets of embeddings: read off maps, and summed by class."""
 
 from __future__ import annotations
 
@@ -9,21 +6,17 @@ import itertools
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
 from contrast_d2.contrast import (
     ClassSums,
-    PixelSet,
     class_sums,
     gather_embeddings,
     gather_pixels,
     mean_similarities,
     sets,
 )
-
-from ..helpers import run_processes
 
 SHAPE = (3, 5, 4, 6)
 # In no order, with neighbours in memory, and the corners of the map.
@@ -98,12 +91,12 @@ def test_an_empty_draw_stays_connected() -> None:
 def test_the_gradient_is_the_only_map_that_is_made() -> None:
     for layout, _ in LAYOUTS[:2]:
         maps = layout(torch.randn(SHAPE)).requires_grad_()
-        sizes: list[int] = []
+        saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: sizes.append(t.numel()) or t, lambda t: t
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
         ):
             drawn = gather_pixels(maps, IMAGE, PIXEL, distinct=True)
-        assert sizes == [len(IMAGE)] * 2
+        assert [t.numel() for t in saved] == [len(IMAGE)] * 2
         with torch.profiler.profile(profile_memory=True) as profile:
             drawn.sum().backward()
         allocated = [e.nbytes() for e in profile.profiler.kineto_results.events()]
@@ -182,51 +175,3 @@ def test_mean_similarities_without_pairs_are_nan() -> None:
         positive, negative = mean_similarities(sums, sums, sums.squares, sums.counts.sum())
         assert positive.isnan() != has_positive
         assert negative.isnan() == has_positive
-
-
-# ---- two processes
-
-ROWS = {"more and less": [3, 1], "one has none": [0, 2], "all have none": [0, 0]}
-
-
-def own_rows(count: int, rank: int) -> tuple[Tensor, Tensor]:
-    values = 10 * rank + torch.arange(4 * count, dtype=torch.float64).view(count, 4)
-    return values.requires_grad_(), torch.arange(count) + 10 * rank
-
-
-def run_rank() -> dict[str, dict[str, Tensor]]:
-    rank, found = dist.get_rank(), {}
-    for case, counts in ROWS.items():
-        rows, labels = own_rows(counts[rank], rank)
-        (parts, label_parts) = sets.gather_parts(rows, labels)
-        every = sets.gathered_set(PixelSet(rows, labels))
-        stack = sets.stack_processes(rows.sum(dim=0))
-        # Each process weighs the rows of all by another factor.
-        weighted = sum(number * part.sum() for number, part in enumerate(parts, start=1))
-        loss = (rank + 1) * (weighted + every.embeddings.sum() + stack[0].sum())
-        (gradient,) = torch.autograd.grad(loss, rows)
-        values = {"parts": torch.cat(parts), "labels": torch.cat(label_parts), "stack": stack}
-        values.update(set=every.embeddings, set_labels=every.labels, gradient=gradient)
-        found[case] = {name: value.detach() for name, value in values.items()}
-    return found
-
-
-def test_rows_of_processes_and_their_gradients() -> None:
-    ranks = run_processes(run_rank, 2)
-    for case, counts in ROWS.items():
-        rows, labels = zip(*(own_rows(n, rank) for rank, n in enumerate(counts)), strict=True)
-        for rank, results in enumerate(ranks):
-            order = (rank, 1 - rank)  # a set begins with its own rows
-            # Both processes' factors, 1 and 2, times the row's weight in its parts, the set, and
-            # for the first process the stack.
-            gradient = torch.full_like(rows[rank], 3 * ((rank + 1) + 1 + (rank == 0)))
-            expected = {
-                "parts": torch.cat(rows),
-                "labels": torch.cat(labels),
-                "set": torch.cat([rows[i] for i in order]),
-                "set_labels": torch.cat([labels[i] for i in order]),
-                "stack": torch.stack([x.sum(dim=0) for x in rows]),
-                "gradient": gradient,
-            }
-            expected = {name: value.detach() for name, value in expected.items()}
-            torch.testing.assert_close(results[case], expected, rtol=0, atol=0, msg=case)
