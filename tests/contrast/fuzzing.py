@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -393,16 +394,8 @@ def _pixel(case: Case) -> ContrastMethod:
     )
 
 
-def _contextrast(case: Case) -> ContrastMethod:
-    return Contextrast(_projector(case), case.batch.num_classes, **case.options)
-
-
-def _contextrast_plus(case: Case) -> ContrastMethod:
-    return ContextrastPlus(_projector(case), case.batch.num_classes, **case.options)
-
-
-def _pne(case: Case) -> ContrastMethod:
-    return PNE(_projector(case), case.batch.num_classes, **case.options)
+def _plain(method: type[ContrastMethod], case: Case) -> ContrastMethod:
+    return method(_projector(case), case.batch.num_classes, **case.options)
 
 
 def _sum(case: Case) -> nn.Module:
@@ -412,9 +405,9 @@ def _sum(case: Case) -> nn.Module:
 BUILDERS: dict[str, Callable[[Case], nn.Module]] = {
     "multi_scale": _multi_scale,
     "pixel": _pixel,
-    "contextrast": _contextrast,
-    "contextrast_plus": _contextrast_plus,
-    "pne": _pne,
+    "contextrast": partial(_plain, Contextrast),
+    "contextrast_plus": partial(_plain, ContextrastPlus),
+    "pne": partial(_plain, PNE),
     "sum": _sum,
 }
 STRATEGIES: dict[str, st.SearchStrategy[Case]] = {

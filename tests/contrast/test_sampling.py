@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
@@ -80,17 +77,6 @@ def test_downsampling_is_exact_for_every_size() -> None:
             assert torch.equal(columns, rows), (height, h)
 
 
-def test_downsampling_equals_nearest_interpolation() -> None:
-    # interpolate computes in fp32 and is off by one pixel for a few pairs of sizes (26 -> 22 is
-    # the smallest), none of which is here.
-    for height, dtype in ((360, torch.uint8), (473, torch.int32), (769, torch.int64)):
-        labels = torch.randint(0, 256, (1, height, height // 3)).to(dtype)
-        for stride in (4, 8, 32):
-            size = (-(-height // stride), -(-(height // 3) // stride))
-            expected = F.interpolate(labels[:, None].double(), size=size, mode="nearest")[:, 0]
-            assert torch.equal(downsample_labels(labels, size), expected.to(dtype)), size
-
-
 def test_predictions_are_made_of_resized_scores() -> None:
     # Two pixels of 0.9 : 0.1 and 0.2 : 0.8 mix to 0.55 : 0.45, where the second class has lost.
     logits = torch.tensor([[[[0.9, 0.2]], [[0.1, 0.8]]]])
@@ -159,27 +145,13 @@ def test_budgets_of_simple_maps() -> None:
             assert count_draw(draw) == expected, (images, budgets)
 
 
-def check_quotas(draw: PixelDraw, label_map: Tensor, num_classes: int, **budgets) -> None:
-    counts = references.count_groups(label_map, num_classes)
-    drawn = count_draw(draw)
-    if budgets.pop("balance") == "image_class":
-        assert drawn == Counter(references.release_quotas(counts, **budgets))
-        return
-    shares = {
-        label: sorted(drawn[label, image] for (other, image) in counts if other == label)
-        for label in {label for label, _ in drawn}
-    }
-    assert shares == references.paper_quotas(counts, **budgets)
-
-
 @pytest.mark.parametrize("balance", BALANCES)
 def test_random_maps_against_the_rules(balance: str) -> None:
     rng = random.Random(1)
-    drawn = 0
+    total = 0
     for seed in range(40):
         num_classes, num_images = rng.randint(1, 7), rng.randint(1, 4)
         budgets = {
-            "balance": balance,
             "max_anchors": rng.choice([14, 60, 10_000]),
             "min_pixels": rng.choice([1, 5, 20]),
             "max_per_group": rng.choice([None, 6]),
@@ -187,46 +159,32 @@ def test_random_maps_against_the_rules(balance: str) -> None:
         }
         maps = [random_map(num_images, size, size + 3, num_classes) for size in (1, 9, 4, 16)]
         generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
-        draws = BalancedSampler(num_classes, **budgets)(maps, generators[0])
-        fixed = BalancedSampler(num_classes, fixed_size=True, **budgets)(maps, generators[1])
+        draws, fixed = (
+            BalancedSampler(num_classes, balance=balance, fixed_size=fixed_size, **budgets)(maps, g)
+            for fixed_size, g in zip((False, True), generators, strict=True)
+        )
         assert torch.equal(generators[0].get_state(), generators[1].get_state())
         for draw, padded, label_map in zip(draws, fixed, maps, strict=True):
             check_draw(draw, label_map, num_classes)
-            check_quotas(draw, label_map, num_classes, **budgets)
+            counts, drawn = references.count_groups(label_map, num_classes), count_draw(draw)
+            if balance == "image_class":
+                assert drawn == Counter(references.release_quotas(counts, **budgets))
+            else:
+                shares = {
+                    label: sorted(drawn[group] for group in counts if group[0] == label)
+                    for label in draw.labels.unique().tolist()
+                }
+                assert shares == references.paper_quotas(counts, **budgets)
             number, slots = len(draw.labels), min(budgets["max_anchors"], label_map.numel())
             assert number <= slots
             assert padded.image.shape == padded.pixel.shape == padded.labels.shape == (slots,)
             # The same draw, then padding with valid indices.
-            for name in ("image", "pixel", "labels"):
-                assert torch.equal(getattr(padded, name)[:number], getattr(draw, name))
+            assert all(a[:number].equal(b) for a, b in zip(padded[:3], draw[:3], strict=True))
             assert (padded.labels[number:] == -1).all() and padded.class_counts is None
             label_map.flatten(1)[padded.image, padded.pixel]  # raises for a wrong index
             assert (padded.image >= 0).all() and (padded.pixel >= 0).all()
-            drawn += number
-    assert drawn > 1000
-
-
-def test_real_labels_against_the_rules(camvid: Path) -> None:
-    files = sorted((camvid / "annotations" / "train").glob("*.png"))[::120]
-    labels = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
-    labels[labels == 11] = 255
-    maps = [downsample_labels(labels, size) for size in ((90, 120), (23, 30), (12, 15))]
-    for balance, min_pixels, max_per_group, min_per_class in (
-        ("class", 1, None, 0),
-        ("class", 1, None, 64),
-        ("image_class", 5, 2500, 0),
-    ):
-        budgets = {
-            "balance": balance,
-            "max_anchors": 1000,
-            "min_pixels": min_pixels,
-            "max_per_group": max_per_group,
-            "min_per_class": min_per_class,
-        }
-        for draw, label_map in zip(BalancedSampler(11, **budgets)(maps), maps, strict=True):
-            check_draw(draw, label_map, 11)
-            assert 20 < len(draw.labels) <= 1000
-            check_quotas(draw, label_map, 11, **budgets)
+            total += number
+    assert total > 1000
 
 
 def test_maps_without_classes_give_empty_draws() -> None:
