@@ -74,7 +74,7 @@ class RingBuffer(nn.Module):
         self.sizes: Tensor
         self.first: Tensor
         for name, buffer, is_state in (
-            ("keys", torch.zeros(int(sizes.sum()), embed_dim, dtype=dtype), True),
+            ("keys", torch.zeros(num_classes * sum(slots.values()), embed_dim, dtype=dtype), True),
             ("pointers", torch.zeros_like(sizes), True),
             ("filled", torch.zeros_like(sizes), True),
             ("sizes", sizes, False),
