@@ -11,12 +11,15 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from contrast_d2.contrast import method, terms
 
 # Operations whose output size is read off the device, whoever calls them.
 _SIZED_BY_VALUES = {
@@ -77,14 +80,22 @@ class HostReads(TorchFunctionMode):
         self._sized_by_values = _SizedByValues(self.calls)
         # Kept alive, so that no other tensor takes the identity of one of them.
         self._on_host: list[Tensor] = []
+        # What is done on a CPU alone, where it costs nothing: the check of labels, and the kernel
+        # that sorts by class.
+        self._not_on_a_gpu = [
+            patch.object(method, "check_labels", lambda *_: None),
+            patch.object(terms, "is_exact", lambda *_: False),
+        ]
 
     def __enter__(self) -> HostReads:
-        self._sized_by_values.__enter__()
+        for part in (*self._not_on_a_gpu, self._sized_by_values):
+            part.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._sized_by_values.__exit__(*error)
+        for part in (self._sized_by_values, *self._not_on_a_gpu):
+            part.__exit__(*error)
 
     def __torch_function__(
         self,
