@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,25 @@ def _run_rank(
         dist.barrier()
     finally:
         leave_groups()
+
+
+def running_first(
+    code: str, folder: Path, environment: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The environment of a process that runs some code before its program.
+
+    So a process can die at a certain point of its work, however busy the machine is.
+
+    Args:
+        code: what is run, also by Python processes that the process starts.
+        folder: is made, and holds the code.
+        environment: of this process by default.
+    """
+    environment = dict(os.environ if environment is None else environment)
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    paths = [str(folder), environment.get("PYTHONPATH", "")]
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def gpu_waits(step: Callable[[], object]) -> int:

@@ -39,13 +39,14 @@ def test_a_palette_image_holds_the_ids_and_shows_the_colours(tmp_path) -> None:
         assert np.asarray(image.convert("RGB"))[1].tolist() == [list(COLORS[3]), list(COLORS[2])]
 
 
-@pytest.mark.parametrize("opacity", [0.0, 0.3, 1.0])
-def test_blend_is_the_overlay_of_maps_without_ignored_pixels(opacity: float) -> None:
-    generator = np.random.default_rng(0)
-    image = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    ids = generator.integers(0, 4, (20, 30), dtype=np.uint8)
-    expected = overlay(image, ids, COLORS, alpha=opacity).astype(int)
-    assert np.abs(blend(image, ids, COLORS, opacity) - expected).max() <= 1
+def test_blend_is_the_overlay_of_maps_without_ignored_pixels(subtests: pytest.Subtests) -> None:
+    for opacity in [0.0, 0.3, 1.0]:
+        with subtests.test(opacity=opacity):
+            generator = np.random.default_rng(0)
+            image = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+            ids = generator.integers(0, 4, (20, 30), dtype=np.uint8)
+            expected = overlay(image, ids, COLORS, alpha=opacity).astype(int)
+            assert np.abs(blend(image, ids, COLORS, opacity) - expected).max() <= 1
 
 
 def test_the_legend_holds_the_classes_that_occur() -> None:

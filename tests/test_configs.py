@@ -216,89 +216,102 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: node}
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_name_docstring_and_keys(path: Path) -> None:
-    cfg = file_config(str(path))
-    keys = {"train", "model", "dataset", "dataloader", "optimizer", "lr_multiplier"}
-    assert {key for key in cfg if not key.startswith("_")} == keys
-    assert cfg.train.output_dir == f"output/{path.parent.name}/{path.stem}"
-    assert f"python train_net.py --config-file {path}" in docstring(path)
-    assert cfg.dataloader.train.total_batch_size % num_gpus(path) == 0
+def test_name_docstring_and_keys(subtests: pytest.Subtests) -> None:
+    for path in FILES:
+        with subtests.test(path=path):
+            cfg = file_config(str(path))
+            keys = {"train", "model", "dataset", "dataloader", "optimizer", "lr_multiplier"}
+            assert {key for key in cfg if not key.startswith("_")} == keys
+            assert cfg.train.output_dir == f"output/{path.parent.name}/{path.stem}"
+            assert f"python train_net.py --config-file {path}" in docstring(path)
+            assert cfg.dataloader.train.total_batch_size % num_gpus(path) == 0
 
 
-@pytest.mark.parametrize("path", OF_PAPERS, ids=str)
-def test_docstring_has_the_papers_number(path: Path) -> None:
-    words = " ".join(docstring(path).split())
-    assert re.search(r"\d\d\.\d+ mIoU|no number", words)
-    assert re.search(r"\b(GPUs?|GPUs;)\b", words)
+def test_docstring_has_the_papers_number(subtests: pytest.Subtests) -> None:
+    for path in OF_PAPERS:
+        with subtests.test(path=path):
+            words = " ".join(docstring(path).split())
+            assert re.search(r"\d\d\.\d+ mIoU|no number", words)
+            assert re.search(r"\b(GPUs?|GPUs;)\b", words)
 
 
-@pytest.mark.parametrize("path", OF_PAPERS, ids=str)
-def test_trains_as_the_paper_says(path: Path) -> None:
-    cfg = file_config(str(path))
-    kind = "swin" if cfg.model.backbone.name.startswith("swin") else "cnn"
-    schedule = re.search(r"_((?:task\d_)?\d+(?:k|ep)(?:_520)?)(?:_trainval)?$", path.stem)[1]
-    crop = cfg.dataloader.train.mapper.augmentations.get("crop_size")
-    assert RECIPES[path.parent.name, kind, schedule] == Recipe(
-        optimizer=cfg.optimizer["_target_"].__name__,
-        lr=cfg.optimizer.lr,
-        weight_decay=cfg.optimizer.get("weight_decay", 0.0),
-        batch=cfg.dataloader.train.total_batch_size,
-        iterations=cfg.train.max_iter,
-        crop=None if crop is None else tuple(crop),
-        head_lr_factor=cfg.optimizer.params.get("head_lr_factor", 1.0),
-    )
-    if "power" in cfg.lr_multiplier:
-        decay = (cfg.lr_multiplier.power, cfg.lr_multiplier.warmup_iters)
-        assert decay == ((1.0, 1500) if kind == "swin" else (0.9, 0))
+def test_trains_as_the_paper_says(subtests: pytest.Subtests) -> None:
+    for path in OF_PAPERS:
+        with subtests.test(path=path):
+            cfg = file_config(str(path))
+            kind = "swin" if cfg.model.backbone.name.startswith("swin") else "cnn"
+            schedule = re.search(r"_((?:task\d_)?\d+(?:k|ep)(?:_520)?)(?:_trainval)?$", path.stem)[
+                1
+            ]
+            crop = cfg.dataloader.train.mapper.augmentations.get("crop_size")
+            assert RECIPES[path.parent.name, kind, schedule] == Recipe(
+                optimizer=cfg.optimizer["_target_"].__name__,
+                lr=cfg.optimizer.lr,
+                weight_decay=cfg.optimizer.get("weight_decay", 0.0),
+                batch=cfg.dataloader.train.total_batch_size,
+                iterations=cfg.train.max_iter,
+                crop=None if crop is None else tuple(crop),
+                head_lr_factor=cfg.optimizer.params.get("head_lr_factor", 1.0),
+            )
+            if "power" in cfg.lr_multiplier:
+                decay = (cfg.lr_multiplier.power, cfg.lr_multiplier.warmup_iters)
+                assert decay == ((1.0, 1500) if kind == "swin" else (0.9, 0))
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_optimizer_and_schedule(path: Path) -> None:
-    cfg, model = built(path)[:2]
-    assert (model.contrast is not None) == (path in METHODS)
-    optimizer = deepcopy(cfg.optimizer)
-    optimizer.params.model = model
-    rates = {
-        id(p): group["lr"] for group in instantiate(optimizer).param_groups for p in group["params"]
-    }
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert rates.keys() == {id(p) for p in trained.values()}
-    factor = optimizer.params.get("head_lr_factor", 1.0)
-    assert {(name.startswith("backbone."), rates[id(p)]) for name, p in trained.items()} == {
-        (True, optimizer.lr),
-        (False, factor * optimizer.lr),
-    }
+def test_optimizer_and_schedule(subtests: pytest.Subtests) -> None:
+    for path in FILES:
+        with subtests.test(path=path):
+            cfg, model = built(path)[:2]
+            assert (model.contrast is not None) == (path in METHODS)
+            optimizer = deepcopy(cfg.optimizer)
+            optimizer.params.model = model
+            rates = {
+                id(p): group["lr"]
+                for group in instantiate(optimizer).param_groups
+                for p in group["params"]
+            }
+            trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+            assert rates.keys() == {id(p) for p in trained.values()}
+            factor = optimizer.params.get("head_lr_factor", 1.0)
+            assert {
+                (name.startswith("backbone."), rates[id(p)]) for name, p in trained.items()
+            } == {
+                (True, optimizer.lr),
+                (False, factor * optimizer.lr),
+            }
 
-    schedule = instantiate(cfg.lr_multiplier)
-    last = (cfg.train.max_iter - 1) / cfg.train.max_iter
-    if "power" in cfg.lr_multiplier:
-        power = cfg.lr_multiplier.power
-        assert schedule(last) == pytest.approx((1 / cfg.train.max_iter) ** power)
-        assert schedule(0.5) == pytest.approx(0.5**power)
-    else:
-        assert (schedule(0), schedule(last)) == pytest.approx((1, 0.98**49))
+            schedule = instantiate(cfg.lr_multiplier)
+            last = (cfg.train.max_iter - 1) / cfg.train.max_iter
+            if "power" in cfg.lr_multiplier:
+                power = cfg.lr_multiplier.power
+                assert schedule(last) == pytest.approx((1 / cfg.train.max_iter) ** power)
+                assert schedule(0.5) == pytest.approx(0.5**power)
+            else:
+                assert (schedule(0), schedule(last)) == pytest.approx((1, 0.98**49))
 
 
-@pytest.mark.parametrize(
-    "path",
-    ["configs/camvid/semfpn_swin_tiny_base_6k.py", "configs/ade20k/upernet_swin_tiny_base_160k.py"],
-)
-def test_swin_norms_and_position_biases_are_not_decayed(path: str) -> None:
-    cfg, model = built(Path(path))[:2]
-    optimizer = deepcopy(cfg.optimizer)
-    optimizer.params.model = model
-    decay = {
-        id(p): group["weight_decay"]
-        for group in instantiate(optimizer).param_groups
-        for p in group["params"]
-    }
-    norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
-    assert len(norms) > 20
-    assert {decay[id(p)] for norm in norms for p in norm.parameters()} == {0.0}
-    biases = [p for n, p in model.named_parameters() if "relative_position_bias_table" in n]
-    assert [decay[id(p)] for p in biases] == [0.0] * 12
-    assert {decay[id(m.weight)] for m in model.modules() if isinstance(m, nn.Conv2d)} == {0.01}
+def test_swin_norms_and_position_biases_are_not_decayed(subtests: pytest.Subtests) -> None:
+    for path in [
+        "configs/camvid/semfpn_swin_tiny_base_6k.py",
+        "configs/ade20k/upernet_swin_tiny_base_160k.py",
+    ]:
+        with subtests.test(path=path):
+            cfg, model = built(Path(path))[:2]
+            optimizer = deepcopy(cfg.optimizer)
+            optimizer.params.model = model
+            decay = {
+                id(p): group["weight_decay"]
+                for group in instantiate(optimizer).param_groups
+                for p in group["params"]
+            }
+            norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+            assert len(norms) > 20
+            assert {decay[id(p)] for norm in norms for p in norm.parameters()} == {0.0}
+            biases = [p for n, p in model.named_parameters() if "relative_position_bias_table" in n]
+            assert [decay[id(p)] for p in biases] == [0.0] * 12
+            assert {decay[id(m.weight)] for m in model.modules() if isinstance(m, nn.Conv2d)} == {
+                0.01
+            }
 
 
 def methods_of(model: nn.Module) -> list[ContrastMethod]:
@@ -308,54 +321,58 @@ def methods_of(model: nn.Module) -> list[ContrastMethod]:
     return [] if model.contrast is None else [model.contrast]
 
 
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_decoder_projector_and_losses_fit(path: Path) -> None:
-    cfg, model, maps, output = built(path)
-    classes, ignored = cfg.dataset.num_classes, cfg.dataset.ignore_label
-    assert output.logits.shape[:2] == (2, classes)
-    assert output.logits.shape[2:] == maps["pre_logits"].shape[2:]
-    assert output.aux_logits is None or output.aux_logits.shape[:2] == (2, classes)
+def test_decoder_projector_and_losses_fit(subtests: pytest.Subtests) -> None:
+    for path in FILES:
+        with subtests.test(path=path):
+            cfg, model, maps, output = built(path)
+            classes, ignored = cfg.dataset.num_classes, cfg.dataset.ignore_label
+            assert output.logits.shape[:2] == (2, classes)
+            assert output.logits.shape[2:] == maps["pre_logits"].shape[2:]
+            assert output.aux_logits is None or output.aux_logits.shape[:2] == (2, classes)
 
-    losses = list(model.seg_loss.modules())
-    assert {x.ignore_label for x in losses if hasattr(x, "ignore_label")} == {ignored}
-    assert {x.num_classes for x in losses if hasattr(x, "num_classes")} <= {classes}
-    weights = [getattr(x, "weight", None) for x in losses]
-    assert {len(x) for x in weights if isinstance(x, Tensor)} <= {classes}
-    assert (model.ignore_label, model.seg_loss.aux_weight) == (ignored, 0.4)
-    for method in methods_of(model):
-        parts = [getattr(method, name, None) for name in ("sampler", "memory", "negatives")]
-        counts = [getattr(part, "num_classes", None) for part in [method, *parts]]
-        assert {count for count in counts if count is not None} == {classes}
-        heads = {n: head[0].weight.shape[1] for n, head in method.projector.heads.items()}
-        assert heads == {name: maps[name].shape[1] for name in heads}
-
-
-@pytest.mark.parametrize("path", FILES, ids=str)
-def test_data_and_test_protocol_are_of_the_dataset(path: Path) -> None:
-    cfg = file_config(str(path))
-    check_classes(cfg)
-    assert cfg.dataset.test.startswith(path.parent.name)
-    mapper = instantiate(cfg.dataloader.train.mapper)
-    assert mapper.label_map.ignore_label == cfg.dataset.ignore_label
-    protocol = instantiate(cfg.dataloader.inference)
-    # Several views would take hours of a training that evaluates as it goes.
-    assert (list(protocol.scales), protocol.flip) == ([1.0], False)
-    assert list(protocol.pad_value) == list(cfg.model.pixel_mean)
+            losses = list(model.seg_loss.modules())
+            assert {x.ignore_label for x in losses if hasattr(x, "ignore_label")} == {ignored}
+            assert {x.num_classes for x in losses if hasattr(x, "num_classes")} <= {classes}
+            weights = [getattr(x, "weight", None) for x in losses]
+            assert {len(x) for x in weights if isinstance(x, Tensor)} <= {classes}
+            assert (model.ignore_label, model.seg_loss.aux_weight) == (ignored, 0.4)
+            for method in methods_of(model):
+                parts = [getattr(method, name, None) for name in ("sampler", "memory", "negatives")]
+                counts = [getattr(part, "num_classes", None) for part in [method, *parts]]
+                assert {count for count in counts if count is not None} == {classes}
+                heads = {n: head[0].weight.shape[1] for n, head in method.projector.heads.items()}
+                assert heads == {name: maps[name].shape[1] for name in heads}
 
 
-def test_budgets_are_for_the_whole_batch() -> None:
-    # 10,000 anchors in Pissas et al., ECCV 2022, and 1,024 in the official code of Wang et al.,
-    # ICCV 2021, are those of one GPU.
+def test_data_and_test_protocol_are_of_the_dataset(subtests: pytest.Subtests) -> None:
+    for path in FILES:
+        with subtests.test(path=path):
+            cfg = file_config(str(path))
+            check_classes(cfg)
+            assert cfg.dataset.test.startswith(path.parent.name)
+            mapper = instantiate(cfg.dataloader.train.mapper)
+            assert mapper.label_map.ignore_label == cfg.dataset.ignore_label
+            protocol = instantiate(cfg.dataloader.inference)
+            # Several views would take hours of a training that evaluates as it goes.
+            assert (list(protocol.scales), protocol.flip) == ([1.0], False)
+            assert list(protocol.pad_value) == list(cfg.model.pixel_mean)
+
+
+def test_budgets_are_for_the_whole_batch(subtests: pytest.Subtests) -> None:
+    # 10,000 anchors in Pissas et al., ECCV 2022, and 1,024 in the release of Wang et al., ICCV
+    # 2021, are those of one GPU.
     budgets = [
-        (path, method.sampler.max_anchors, 1024 if "pixel_release" in path.name else 10_000)
+        (path, method.sampler.max_anchors, 10_000 if multi_scale else 1024)
         for path in METHODS
         if "all_pixels" not in path.name
         for method in methods_of(built(path).model)
-        if isinstance(method, MultiScaleContrast) or "pixel_release" in path.name
+        if (multi_scale := isinstance(method, MultiScaleContrast)) or "pixel_release" in path.name
     ]
-    assert len(budgets) > 40
-    for path, max_anchors, of_one_gpu in budgets:
-        assert max_anchors == of_one_gpu * num_gpus(path), path
+    assert {budget for *_, budget in budgets} == {10_000, 1024}
+    assert {num_gpus(path) for path, *_ in budgets} > {1}
+    for path, found, budget in budgets:
+        with subtests.test(path=path):
+            assert found == budget * num_gpus(path)
 
 
 def test_no_sampling_takes_every_pixel() -> None:
@@ -367,23 +384,25 @@ def test_no_sampling_takes_every_pixel() -> None:
     assert len(draw.labels) == (labels < 19).sum()
 
 
-@pytest.mark.parametrize("path", METHODS, ids=str)
-def test_method_and_baseline_differ_by_one_key(path: Path) -> None:
-    baseline = baseline_of(path)
-    different = differences(path, baseline)
-    assert file_config(str(baseline)).model.contrast is None
-    assert {k for k in different if not k.startswith("model.contrast")} == {"train.output_dir"}
-    assert any(k.startswith("model.contrast.") for k in different)
+def test_method_and_baseline_differ_by_one_key(subtests: pytest.Subtests) -> None:
+    for path in METHODS:
+        with subtests.test(path=path):
+            baseline = baseline_of(path)
+            different = differences(path, baseline)
+            assert file_config(str(baseline)).model.contrast is None
+            assert {k for k in different if not k.startswith("model.contrast")} == {
+                "train.output_dir"
+            }
+            assert any(k.startswith("model.contrast.") for k in different)
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in BASELINES if re.search(r"_base_(?:aaf|lovasz|ohem|rmi)_", p.name)], ids=str
-)
-def test_baseline_with_another_loss_differs_by_its_loss(path: Path) -> None:
-    baseline = path.with_name(re.sub(r"_base_[a-z]+_", "_base_", path.name))
-    different = differences(path, baseline) - {"train.output_dir"}
-    assert different
-    assert all(key.startswith("model.seg_loss.") for key in different)
+def test_baseline_with_another_loss_differs_by_its_loss(subtests: pytest.Subtests) -> None:
+    for path in [p for p in BASELINES if re.search(r"_base_(?:aaf|lovasz|ohem|rmi)_", p.name)]:
+        with subtests.test(path=path):
+            baseline = path.with_name(re.sub(r"_base_[a-z]+_", "_base_", path.name))
+            different = differences(path, baseline) - {"train.output_dir"}
+            assert different
+            assert all(key.startswith("model.seg_loss.") for key in different)
 
 
 def differences(path: Path, other: Path) -> set[str]:

@@ -13,8 +13,6 @@ from contrast_d2.decoders import __all__ as DECODERS
 ROOT = Path(__file__).parents[1]
 PACKAGE = "contrast_d2"
 FILES = sorted((ROOT / PACKAGE).rglob("*.py"))
-PROGRAMS = [ROOT / "train_net.py", *sorted((ROOT / "tools").glob("*.py"))]
-CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 
 # What a part may import of the package besides itself. The arrows: config -> segmentor ->
 # {backbones, decoders, contrast, losses}.
@@ -157,22 +155,11 @@ print("shapes_sem_seg_train" in DatasetCatalog, callable(contrast_d2.add_contras
     assert others == "True True"
 
 
-def test_the_model_zoo_is_never_imported() -> None:
-    # It imports pkg_resources, which setuptools no longer has.
-    for file in [*FILES, *PROGRAMS, *CONFIGS]:
-        found = [name for name in imports(file) if name.startswith("detectron2.model_zoo")]
-        assert not found, label(file)
-
-
-def test_calls_that_the_package_never_makes() -> None:
+def test_nothing_moves_itself_to_a_gpu() -> None:
     for file in FILES:
         for call in calls(file):
-            function = call.func
-            where = f"{label(file)}:{call.lineno}"
-            if isinstance(function, ast.Attribute):
-                assert function.attr != "cuda", f"{where}: move with .to(device)"
-            elif isinstance(function, ast.Name):
-                assert function.id not in ("print", "exit", "quit"), f"{where}: log or raise"
+            moves = isinstance(call.func, ast.Attribute) and call.func.attr == "cuda"
+            assert not moves, f"{label(file)}:{call.lineno}: move with .to(device)"
 
 
 def test_modules_take_no_device() -> None:
@@ -182,5 +169,3 @@ def test_modules_take_no_device() -> None:
             if isinstance(node, ast.FunctionDef) and node.name == "__init__":
                 arguments = [*node.args.args, *node.args.kwonlyargs]
                 assert "device" not in [a.arg for a in arguments], where
-            if isinstance(node, ast.ExceptHandler):
-                assert node.type is not None, f"{where}: name the exception"

@@ -60,8 +60,8 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path: Path) -> None:
         with largest_file(size), pytest.raises(DiskFullError) as raised:
             checkpointer.save("model_0000003")
         message = str(raised.value)
-        assert "model_0000003.pth could not be written: File too large." in message
-        assert "make room, then continue with --resume" in message and "\n" not in message
+        assert "model_0000003.pth" in message and "File too large" in message
+        assert "--resume" in message and "\n" not in message
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     checkpointer.save("model_0000003")
     assert not torch.load(tmp_path / "model_0000003.pth")["model"]["weight"].any()

@@ -7,9 +7,9 @@ import gc
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,9 +45,10 @@ def unit_rows(number: int, width: int = 8) -> Tensor:
 # The limit
 
 
-@pytest.mark.parametrize("anchors, ms", [(2048, 33), (4096, 133), (9984, 789)])
-def test_limit_of_the_loss_is_three_a_squared_d(anchors: int, ms: float) -> None:
-    assert 1000 * PEAKS.limit(InfoNCE(anchors).cost()) == pytest.approx(ms, rel=0.02)
+def test_limit_of_the_loss_is_three_a_squared_d(subtests: pytest.Subtests) -> None:
+    for anchors, ms in [(2048, 33), (4096, 133), (9984, 789)]:
+        with subtests.test(anchors=anchors):
+            assert 1000 * PEAKS.limit(InfoNCE(anchors).cost()) == pytest.approx(ms, rel=0.02)
 
 
 def test_limit_against_a_memory_is_one_sided() -> None:
@@ -70,11 +71,12 @@ def test_limit_of_a_step_has_all_terms_and_the_dense_gradients(monkeypatch) -> N
 # The inputs
 
 
-@pytest.mark.parametrize("name", [n for n, case in cases.CASES.items() if case.expected])
-def test_scenes_draw_about_as_many_anchors_as_the_datasets(name: str) -> None:
-    case = cases.CASES[name]
-    for drawn, expected in zip(case.workload.drawn(), case.expected, strict=True):
-        assert drawn == pytest.approx(expected, rel=0.2)
+def test_scenes_draw_about_as_many_anchors_as_the_datasets(subtests: pytest.Subtests) -> None:
+    for name in [n for n, case in cases.CASES.items() if case.expected]:
+        with subtests.test(name=name):
+            case = cases.CASES[name]
+            for drawn, expected in zip(case.workload.drawn(), case.expected, strict=True):
+                assert drawn == pytest.approx(expected, rel=0.2)
 
 
 def test_label_maps_are_coherent_long_tailed_and_reproducible() -> None:
@@ -96,19 +98,24 @@ def test_label_maps_are_coherent_long_tailed_and_reproducible() -> None:
 # The peers
 
 
-@pytest.mark.parametrize("count_empty", [False, True])
-@pytest.mark.parametrize("against_a_set", [False, True])
-def test_textbook_form_is_the_same_loss(against_a_set: bool, count_empty: bool) -> None:
-    anchors = unit_rows(40).double().requires_grad_()
-    labels = torch.randint(0, 5, (40,))
-    labels[0] = 7  # without a positive
-    other = (unit_rows(30).double(), torch.randint(0, 5, (30,))) if against_a_set else ()
-    results = []
-    for loss in (info_nce, peers.textbook_info_nce):
-        value = loss(anchors, labels, *other, temperature=0.2, count_empty_anchors=count_empty)
-        results.append((value, *torch.autograd.grad(value, anchors)))
-    for ours, textbook in zip(*results, strict=True):
-        torch.testing.assert_close(ours, textbook)
+def test_textbook_form_is_the_same_loss(subtests: pytest.Subtests) -> None:
+    for count_empty in [False, True]:
+        for against_a_set in [False, True]:
+            with subtests.test(count_empty=count_empty, against_a_set=against_a_set):
+                anchors = unit_rows(40).double().requires_grad_()
+                labels = torch.randint(0, 5, (40,))
+                labels[0] = 7  # without a positive
+                other = (
+                    (unit_rows(30).double(), torch.randint(0, 5, (30,))) if against_a_set else ()
+                )
+                results = []
+                for loss in (info_nce, peers.textbook_info_nce):
+                    value = loss(
+                        anchors, labels, *other, temperature=0.2, count_empty_anchors=count_empty
+                    )
+                    results.append((value, *torch.autograd.grad(value, anchors)))
+                for ours, textbook in zip(*results, strict=True):
+                    torch.testing.assert_close(ours, textbook)
 
 
 def test_memory_peer_contrasts_with_all_of_the_memory_and_the_batch_but_itself() -> None:
@@ -147,9 +154,8 @@ def repeat(x: Tensor) -> Tensor:
     return x.repeat_interleave(torch.tensor([1, 2, 3]))
 
 
-@pytest.mark.parametrize(
-    "run, reads",
-    [
+def test_host_reads_are_counted(subtests: pytest.Subtests) -> None:
+    for run, reads in [
         (lambda x: x.sum().item(), 1),
         (lambda x: x.tolist(), 1),
         (lambda x: float(x[0]) + int(x[1]), 2),
@@ -167,11 +173,10 @@ def repeat(x: Tensor) -> Tensor:
         (lambda x: x.unique(), 1),
         (repeat, 1),
         (lambda x: x.repeat_interleave(torch.tensor([1, 2, 3]), output_size=6), 0),
-    ],
-)
-def test_host_reads_are_counted(run: Callable[[Tensor], Any], reads: int) -> None:
-    x = torch.tensor([-1.0, 2.0, 3.0])
-    assert sum(count_host_reads(lambda: run(x), CPU).values()) == reads
+    ]:
+        with subtests.test(run=run):
+            x = torch.tensor([-1.0, 2.0, 3.0])
+            assert sum(count_host_reads(partial(run, x), CPU).values()) == reads
 
 
 def test_host_reads_of_the_backward_pass_are_counted() -> None:
@@ -402,12 +407,12 @@ def test_kept_promises_give_no_line(kept) -> None:
 @pytest.mark.parametrize(
     "case, path, value, words",
     [
-        ("cityscapes_b8", (OURS, "times_limit", "median"), 1.9, "1.90 times the limit, not 1.8"),
-        ("cityscapes_b8_large", (OURS, "times_limit", "median"), 1.6, "1.60 times the limit"),
-        ("infonce_9984", (OURS, "times_limit", "median"), 1.45, "1.45 times the limit, not 1.4"),
-        ("infonce_9984", (OURS, "peak_mib"), 120.0, "120 MiB, not 100"),
-        ("cityscapes_b8", (OURS, "host_reads"), {"cpu": 1, "nonzero": 1}, "not 1 at most"),
-        ("cityscapes_b8", (FIXED_SIZE, "host_reads"), {"cpu": 1}, "not 0 at most"),
+        ("cityscapes_b8", (OURS, "times_limit", "median"), 1.9, "1.90 .*1.8"),
+        ("cityscapes_b8_large", (OURS, "times_limit", "median"), 1.6, "1.60 "),
+        ("infonce_9984", (OURS, "times_limit", "median"), 1.45, "1.45 .*1.4"),
+        ("infonce_9984", (OURS, "peak_mib"), 120.0, "120 MiB.*100"),
+        ("cityscapes_b8", (OURS, "host_reads"), {"cpu": 1, "nonzero": 1}, " 1 "),
+        ("cityscapes_b8", (FIXED_SIZE, "host_reads"), {"cpu": 1}, " 0 "),
     ],
 )
 def test_a_broken_promise_is_one_line(kept, case: str, path, value, words: str) -> None:
@@ -416,15 +421,15 @@ def test_a_broken_promise_is_one_line(kept, case: str, path, value, words: str) 
         found = found[key]
     found[path[-1]] = value
     (line,) = contrast.violations(kept)
-    assert line.startswith(f"{case}: ") and words in line
+    assert line.startswith(f"{case}: ") and re.search(words, line)
 
 
 def test_too_few_anchors_and_too_large_errors_are_broken_promises(kept) -> None:
     kept["cases"]["cityscapes_b8"]["drawn"][1] = 100
     kept["errors"]["torch.float32"][OURS]["gradient"] = 3e-6
     draws, error = contrast.violations(kept)
-    assert "scale 1 draws 100 anchors" in draws
-    assert error == "torch.float32: error 3.0e-06 of the gradient, not 2.0e-06"
+    assert "scale 1" in draws and "100" in draws
+    assert error.startswith("torch.float32") and "3.0e-06" in error and "2.0e-06" in error
 
 
 def test_a_gpu_has_promises_of_its_own(kept) -> None:
@@ -437,7 +442,7 @@ def test_a_gpu_has_promises_of_its_own(kept) -> None:
     found[OURS]["times_limit"]["median"] = 3.1
     found[TEXTBOOK] = {"times_ours": {"median": 9.0}}
     slow, gain = contrast.violations(kept)
-    assert "3.10 times the limit, not 3.0" in slow and "9.0 times as fast" in gain
+    assert "3.10 " in slow and "3.0" in slow and "9.0 " in gain
 
 
 # Projection
