@@ -37,7 +37,7 @@ ALLOWED = {
         *("backbones", "config", "data", "evaluation", "files", "segmentor", "weights"),
     },
     "deploy": {"data", "engine", "evaluation", "losses", "segmentor", "structures"},
-    "studio": {"contrast", "data", "evaluation", "files", "segmentor", "structures"},
+    "studio": {"contrast", "data", "evaluation", "files", "losses", "segmentor", "structures"},
 }
 
 
@@ -99,21 +99,45 @@ def test_direction_of_imports() -> None:
         assert found <= ALLOWED[own], label(file)
 
 
-def test_a_training_needs_nothing_of_the_studio() -> None:
-    """What train_net.py imports, and what that imports in turn, in functions too."""
+def closure(*files: Path) -> set[str]:
+    """The modules that files import, and what these import in turn, in functions too."""
     modules = {module_name(file): file for file in FILES}
     needed: set[str] = set()
-    files = [ROOT / "train_net.py"]
-    while files:
-        for name in imports(files.pop()):
+    waiting = list(files)
+    while waiting:
+        for name in imports(waiting.pop()):
             parts = name.split(".")
             # Importing a module imports the packages that it is in.
             above = {".".join(parts[: i + 1]) for i in range(len(parts))}
             found = (above & modules.keys()) - needed
             needed |= found
-            files += [modules[module] for module in found]
+            waiting += [modules[module] for module in found]
+    return needed
+
+
+def test_a_training_needs_nothing_of_the_studio() -> None:
+    needed = closure(ROOT / "train_net.py")
     assert {f"{PACKAGE}.engine.trainer", f"{PACKAGE}.data.mapper"} <= needed
     assert not {part_of(name) for name in needed} & {"deploy", "studio"}
+
+
+def test_a_contrast_method_reads_in_few_files() -> None:
+    folder = ROOT / PACKAGE / "contrast"
+    read, waiting = set(), [folder / "multiscale.py"]
+    while waiting:
+        file = waiting.pop()
+        if file not in read:
+            read.add(file)
+            names = {name.split(".")[2] for name in imports(file) if name.count(".") > 1}
+            waiting += [f for name in names if (f := folder / f"{name}.py").exists()]
+    assert folder / "terms.py" in read and len(read) <= 8, sorted(read)
+    for name in ("multiscale", "pixel", "contextual", "contextual_plus", "pne"):
+        source = (folder / f"{name}.py").read_text()
+        assert len(source.splitlines()) <= 300, name
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                arguments = [*node.args.args, *node.args.kwonlyargs]
+                assert len(arguments) <= 11, (name, "more than ten parameters, besides self")
 
 
 def test_contrast_needs_torch_only() -> None:

@@ -50,7 +50,7 @@ def test_options_reach_nested_parts() -> None:
     options = {"TEMPERATURE": 0.5, "MEMORY": {"REGIONS_PER_CLASS": 3}, "FEATURE": "res4"}
     section = {"NAME": "pixel_memory", "OPTIONS": options}
     method = build_named(CONTRAST_REGISTRY, section, "PATH", KNOWN)
-    assert method.temperature == 0.5 and method.memory.regions_per_class == 3
+    assert method.temperature == 0.5 and method.memory.slots["regions"] == 3
     assert list(method.projector.heads) == ["res4"]
 
 

@@ -241,7 +241,7 @@ MODEL:
   META_ARCHITECTURE: ContrastiveSegmentor
   BACKBONE: {NAME: build_mine, OPTIONS: {MODEL: test_resnet, EXACT: True}}
   SEM_SEG_HEAD: {NAME: FCNDecoder, NORM: BN, IN_FEATURES: [res2, res3], NUM_CLASSES: 9}
-  CONTRAST: {NAME: pixel, OPTIONS: {FEATURE: concat, WARMUP_ITERS: 0, PROJECTOR: {EMBED_DIM: 8}}}
+  CONTRAST: {NAME: pixel, OPTIONS: {FEATURE: concat, WARMUP_ITERS: 0, EMBED_DIM: 8}}
 DATASETS: {TRAIN: [shapes_sem_seg_val], TEST: [shapes_sem_seg_val]}
 DATALOADER: {NUM_WORKERS: 1}
 INPUT: {CROP: {ENABLED: True, TYPE: absolute, SIZE: [64, 64]}}

@@ -51,7 +51,7 @@ class _Drawn(NamedTuple):
 
 
 class PNE(ContrastMethod):
-    """Pulls misclassified pixels to correct ones of their class, and off those they are taken for.
+    """Pulls misclassified pixels to correct ones of their class, off those they are taken for.
 
     The wrong pixels of each image are grouped by predicted class j and true class k. A group's
     positives are the correct pixels of class k in the image, its negatives the correct ones of
@@ -59,24 +59,20 @@ class PNE(ContrastMethod):
 
         L = weight * f * mean_groups mean_{a in group} l(a)
 
-    with l as at the top of this file. The factor f is the mean number of wrong pixels per group,
-    over `samples_per_group`: the loss fades as errors do, and the effective weight is far below
-    `weight`. Groups do not form where the image shows no pixel of class j, where the network gets
-    no pixel of class k right, or where they are larger than `max_hard`: at the beginning of
-    training most errors are in groups too large, which makes the bound a warm-up. At most
-    `samples_per_group` anchors, positives and negatives of a group are drawn.
+    with l as above. The factor f is the mean number of wrong pixels per group, over
+    `samples_per_group`: the loss fades as errors do. No group forms where the image shows no pixel
+    of class j, where the network gets no pixel of class k right, or where it would be larger than
+    `max_hard`: at first most errors are in such, which makes the bound a warm-up.
 
     Args:
-        projector: heads for feature maps; the official code has one hidden block of convolution,
-            norm and ReLU.
+        projector: heads for feature maps.
         num_classes: K.
         feature: name of the feature map. The official code takes the one that the classifier sees.
         weight: of the loss.
         temperature: divides the similarities.
-        samples_per_group: S.
-        max_hard: largest group that counts. A float is a fraction of the map's h * w pixels, of at
-            least one pixel; an int a number of pixels. 199 pixels of a 64x128 map in the official
-            code.
+        samples_per_group: S, most anchors, positives and negatives of a group that are drawn.
+        max_hard: largest group that counts: as a float a fraction of the map's h * w pixels, as an
+            int a number of pixels. 199 pixels of a 64x128 map in the official code.
         official_code: draw the first pixels in raster order, from the top of the image, instead of
             random ones, and take an anchor's length for a constant. It then has a gradient along
             itself, and lengths drift.
@@ -136,11 +132,9 @@ class PNE(ContrastMethod):
         self.official_code = official_code
 
     def terms(self, batch: Batch) -> list[OwnTerm]:
-        """One term. Its statistics: `groups`; `wrong_pixels`, in groups or not; `anchors`;
-        `group_size`, wrong pixels per group; `weight`, weight * f; `log_ratio`, the log of the
-        negatives' mean over the positives', and `pull`, the gradient's strength on each side, in
-        1 / temperature, from 0 to 1 (both as means over groups); and the shares of wrong pixels
-        that form no group, `skipped_<reason>`. Nan where there is nothing to average."""
+        """One term. Of its statistics, `weight` is weight * f, `log_ratio` and `pull` (the
+        gradient's strength on each side, in 1 / temperature, from 0 to 1) are means over groups,
+        and `skipped_<reason>` are shares of wrong pixels that form no group."""
         embeddings, label_map = batch.maps[self.feature], batch.label_map(self.feature)
         order = None
         if not self.official_code:

@@ -120,7 +120,7 @@ def from_lazy(name: str, segmentor: str) -> nn.Module:
         return instantiate(L(SemanticSegmentor)(**model))
     contrast = common("contrast/ms_cs", "ms_cs")
     contrast.channels = L(feature_channels)(name=NAME)
-    contrast.sampler.num_classes = NUM_CLASSES
+    contrast.num_classes = NUM_CLASSES
     loss = L(SegLoss)(main=L(CrossEntropyLoss)())
     return instantiate(L(ContrastiveSegmentor)(seg_loss=loss, contrast=contrast, **model))
 

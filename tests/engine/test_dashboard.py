@@ -136,13 +136,13 @@ def test_other_iterations_have_no_inspection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contrast, seen = tiny_contrast(), []
-    original = type(contrast).contrast
+    original = type(contrast).terms
 
     def contrasting(self: Any, *args: Any) -> Any:
         seen.append(self.inspection is not None)
         return original(self, *args)
 
-    monkeypatch.setattr(type(contrast), "contrast", contrasting)
+    monkeypatch.setattr(type(contrast), "terms", contrasting)
     train(tmp_path, 3, contrast, length=7)
     assert seen == [False, False, True, False, False, True, False]
     assert contrast.inspection is None

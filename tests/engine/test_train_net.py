@@ -213,7 +213,7 @@ def test_a_memory_bank_survives_a_kill(tmp_path: Path) -> None:
     metrics = last_metrics(whole)
     # Two batches make an iteration.
     assert "contrast/p2/anchors" not in metrics[4] and metrics[5]["contrast/p2/anchors"] > 0
-    assert 0 < metrics[2]["contrast/p2/bank_fill"] < metrics[6]["contrast/p2/bank_fill"]
+    assert 0 < metrics[2]["contrast/bank_fill"] < metrics[6]["contrast/bank_fill"]
     log = (whole / "log.txt").read_text()
     assert all(size in log for size in ("9 classes", "4 regions", "50 pixels"))
 

@@ -458,9 +458,8 @@ def test_variants_of_the_projection_share_one_model() -> None:
         losses[name] = run().item()
     baseline = losses.pop(BASELINE)
     assert all(loss > baseline + 0.1 for loss in losses.values())
-    # Batch norms of the map give what they give in dense projection; those of the draw do not.
-    assert losses["sampled, map"] == pytest.approx(losses["dense"], rel=1e-4)
-    assert losses["sampled, draw"] != pytest.approx(losses["dense"], rel=1e-4)
+    # Batch norms of drawn pixels have other statistics than those of whole maps.
+    assert losses["sampled, batch"] != pytest.approx(losses["dense"], rel=1e-4)
 
 
 # The command line

@@ -14,7 +14,12 @@ from contrast_d2 import contrast
 
 from .taps import decoded, stages
 
-ms_cs = L(contrast.ms_cs)(channels=stages, num_classes="${dataset.num_classes}")
+ms_cs = L(contrast.ms_cs)(
+    channels=stages,
+    num_classes="${dataset.num_classes}",
+    scale_weights={"res2": 1.0, "res3": 0.7, "res4": 0.4, "res5": 0.1},
+    cross_scale=[("res2", "res5", 1.0), ("res2", "res4", 1.0)],
+)
 
 # Without cross-scale terms, and with the first of the two.
 ms = deepcopy(ms_cs)
@@ -36,5 +41,8 @@ ms_cs_two_maps.cross_scale = [("res2", "res5", 1.0)]
 # On the pyramid of UPerNet.
 ms_cs_pyramid = deepcopy(ms_cs)
 ms_cs_pyramid.channels = decoded("p2", "p3", "p4", "p5")
+ms_cs_pyramid.scale_weights = {"p2": 1.0, "p3": 0.7, "p4": 0.4, "p5": 0.1}
+ms_cs_pyramid.cross_scale = [("p2", "p5", 1.0), ("p2", "p4", 1.0)]
 
-ms_cs_release = L(contrast.ms_cs_release)(channels=stages, num_classes="${dataset.num_classes}")
+ms_cs_release = deepcopy(ms_cs)
+ms_cs_release._target_ = contrast.ms_cs_release

@@ -17,6 +17,8 @@ pixel = L(contrast.pixel_contrast)(
     num_classes="${dataset.num_classes}",
     feature="p2",
     embed_dim=256,
+    # Of the official code's 40k iterations.
+    warmup_iters=5000,
 )
 
 pixel_memory = deepcopy(pixel)
@@ -41,4 +43,5 @@ pixel_release = L(contrast.pixel_contrast_release)(
     channels={"p2": "${model.sem_seg_head.fpn_channels}"},
     num_classes="${dataset.num_classes}",
     feature="p2",
+    warmup_iters=5000,
 )
