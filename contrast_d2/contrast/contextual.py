@@ -54,8 +54,7 @@ class Contextrast(ContrastMethod):
       same pixels are positives of class n, so it pulls and pushes at once; for comparison.
 
     Args:
-        projector: heads for the feature maps.
-        num_classes: K.
+        projector, num_classes, warmup_iters, across_processes: as in `ContrastMethod`.
         layers: lambda_i by name of the feature map, from shallow to deep; the last is the deepest
             layer, e.g. {"res2": 0.1, "res3": 0.4, "res4": 0.7, "res5": 1.0}.
         weight: of the contrast in the total loss, the paper's alpha.
@@ -63,7 +62,6 @@ class Contextrast(ContrastMethod):
         deepest_weight: w_h. The paper does not state it; ours: one half.
         boundary_fraction: part of each region of errors that is selected, in (0, 1].
         negatives: "other_classes", "false_positives" or "own_class".
-        warmup_iters, across_processes: as in `ContrastMethod`.
 
     Raises:
         ValueError: no layer, a layer without projector, an argument out of its range, or an unknown

@@ -42,7 +42,7 @@ class HardAnchorSampler:
 
     * `fill_from="random"` (the paper): all its other pixels, wrong ones too;
     * `fill_from="easy"` (the official code): its rightly predicted pixels. Where these are too few,
-      further hard ones take their place.
+      there are more hard ones instead.
 
     With `balance="class"` the anchors of a class are shared as equally as the pixel counts allow
     among the images. `max_anchors` is shared by processes as in `BalancedSampler`. The host waits

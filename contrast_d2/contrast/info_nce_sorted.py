@@ -223,9 +223,9 @@ class _Positives(NamedTuple):
     """Where the positives of the anchors of a mixed block stand.
 
     Attributes:
-        columns: (R, P) int64; surplus places repeat the first one, which is no negative as long as
+        columns: (R, P) int64; surplus entries repeat the first one, which is no negative as long as
             there is a positive.
-        present: (R, P) 1 for a positive, 0 for a surplus place and for the anchor itself.
+        present: (R, P) 1 for a positive, 0 for a surplus entry and for the anchor itself.
         weights: (R, 1) one over the number of positives; 1 where there are none.
     """
 
@@ -235,19 +235,19 @@ class _Positives(NamedTuple):
 
 
 def _find_positives(
-    runs: np.ndarray, sizes: np.ndarray, own_columns: np.ndarray | None, dtype: torch.dtype
+    segments: np.ndarray, sizes: np.ndarray, own_columns: np.ndarray | None, dtype: torch.dtype
 ) -> _Positives:
     """Looks up the positives of R anchors of k classes.
 
     Args:
-        runs: (k, 2) first column and number of columns of each class.
+        segments: (k, 2) first column and number of columns of each class.
         sizes: (k,) number of anchors of each class, R in all.
         own_columns: (R,) the column of the anchor itself; None where it has none.
     """
-    starts, counts = runs[:, :1], runs[:, 1:]
-    place = np.arange(counts.max(initial=0))
-    there = place < counts
-    columns = np.repeat(np.where(there, starts + place, starts), sizes, axis=0)
+    starts, counts = segments[:, :1], segments[:, 1:]
+    rank = np.arange(counts.max(initial=0))
+    there = rank < counts
+    columns = np.repeat(np.where(there, starts + rank, starts), sizes, axis=0)
     present = np.repeat(there.astype(np.float32), sizes, axis=0)
     num_positives = counts
     if own_columns is not None:
@@ -412,7 +412,7 @@ class _AmongThemselves:
         self._weights[rows] = weights[:, 0]
         if self.needs_gradient:
             d_similarities = exponentials.mul_(weights)
-            # Surplus places add 0 to a column that another place may have written.
+            # Surplus entries add 0 to a column that another entry may have written.
             d_similarities.scatter_add_(1, positives.columns, pull.neg_())
             symmetric = d_similarities + d_similarities.T
             _add_in_steps(self._attraction[rows], symmetric, self.rows[rows], _OWN_STEP)
@@ -447,7 +447,7 @@ class _Tile(NamedTuple):
 
 
 class _TileCache:
-    """Tiles that wait until all their columns are complete, in a limited number of places."""
+    """Tiles that wait until all their columns are complete, in a limited number of buffers."""
 
     def __init__(self, most_rows: int, like: Tensor) -> None:
         all_fit = len(like) ** 2 * like.element_size() <= _CACHE_BYTES
@@ -455,7 +455,7 @@ class _TileCache:
         self._num_columns = len(like)
         self._like = like
         self._max_elements = max_elements = most_rows * self._step
-        self._places_left = _CACHE_BYTES // (max_elements * like.element_size())
+        self._buffers_left = _CACHE_BYTES // (max_elements * like.element_size())
         self._free: list[Tensor] = []
         self._passing = like.new_empty(max_elements)
         self._scratch = like.new_empty(max_elements)
@@ -471,7 +471,7 @@ class _TileCache:
 
     def new(self, rows: slice, columns: slice, keep: bool) -> _Tile:
         """An uninitialised tile; one to `keep` waits for `take_until`."""
-        memory = self._place(columns.stop) if keep else None
+        memory = self._buffer(columns.stop) if keep else None
         is_kept = memory is not None
         tile = self._tile(rows, columns, self._passing if memory is None else memory, is_kept)
         if keep:
@@ -500,12 +500,12 @@ class _TileCache:
         shape = rows.stop - rows.start, columns.stop - columns.start
         return _Tile(rows, columns, memory[: shape[0] * shape[1]].view(shape), memory, is_kept)
 
-    def _place(self, stop: int) -> Tensor | None:
+    def _buffer(self, stop: int) -> Tensor | None:
         """Memory for a tile that waits for column `stop`; None if there is no better use of it."""
         if self._free:
             return self._free.pop()
-        if self._places_left:
-            self._places_left -= 1
+        if self._buffers_left:
+            self._buffers_left -= 1
             return self._like.new_empty(self._max_elements)
         # Who waits longest makes room: that keeps the most tiles in all.
         kept = [column for column, tiles in self._waiting.items() if tiles and tiles[-1].is_kept]
@@ -537,15 +537,15 @@ class _AgainstSet:
         self.num_valid = rows.new_zeros(())
         self.d_anchors = torch.zeros_like(rows) if needs_gradient[0] else rows.new_zeros(0)
         self.d_contrast = torch.zeros_like(columns) if needs_gradient[1] else rows.new_zeros(0)
-        # The run of columns of each of the anchors' classes, of length 0 for an absent one.
-        run = np.searchsorted(contrast.classes, anchors.classes)
-        run = np.minimum(run, max(len(contrast.classes) - 1, 0))
+        # The segment of columns of each of the anchors' classes, of length 0 for an absent one.
+        found_at = np.searchsorted(contrast.classes, anchors.classes)
+        found_at = np.minimum(found_at, max(len(contrast.classes) - 1, 0))
         if len(contrast.classes) == 0:
-            self._runs = np.zeros((len(anchors.classes), 2), dtype=np.int64)
+            self._segments = np.zeros((len(anchors.classes), 2), dtype=np.int64)
             return
-        found = contrast.classes[run] == anchors.classes
-        sizes = np.where(found, np.diff(contrast.starts)[run], 0)
-        self._runs = np.stack([contrast.starts[run], sizes], axis=1)
+        found = contrast.classes[found_at] == anchors.classes
+        sizes = np.where(found, np.diff(contrast.starts)[found_at], 0)
+        self._segments = np.stack([contrast.starts[found_at], sizes], axis=1)
 
     def run(self, own_columns: np.ndarray | None) -> None:
         """Visits all anchors.
@@ -555,7 +555,7 @@ class _AgainstSet:
         """
         least = 1 if own_columns is None else 2
         sizes = np.diff(self.starts)
-        self.num_valid.fill_(int(sizes[self._runs[:, 1] >= least].sum()))
+        self.num_valid.fill_(int(sizes[self._segments[:, 1] >= least].sum()))
         if len(self.columns):
             max_rows = max(_ROWS, _TILE_ELEMENTS // len(self.columns))
             max_rows = max(_LEAST_ROWS, min(max_rows, _BLOCK_ELEMENTS // len(self.columns)))
@@ -569,8 +569,8 @@ class _AgainstSet:
         sizes = np.diff(self.starts[block.first : block.last + 1])
         if not block.is_mixed:
             sizes[:] = block.stop - block.start
-        runs = self._runs[block.first : block.last]
-        positives = _find_positives(runs, sizes, own_columns, self.rows.dtype)
+        segments = self._segments[block.first : block.last]
+        positives = _find_positives(segments, sizes, own_columns, self.rows.dtype)
         similarities = self.rows.new_empty(block.stop - block.start, len(self.columns))
         torch.addmm(
             similarities,

@@ -10,8 +10,8 @@ three passes:
    and what s_ji owes to n_j is added in the same visit.
 
 Each program owns a block of rows and visits one of several equal shares of the columns, so that
-there are programs enough for all multiprocessors, however few the rows. It writes its results to a
-place of its own, and the shares are added up later: no atomic additions, equal inputs give equal
+there are programs enough for all multiprocessors, however few the rows. It writes its results to
+memory of its own, and the shares are added up later: no atomic additions, equal inputs give equal
 results.
 
 Shape letters: A anchors, C contrast samples, D embedding width. In the kernels the rows are the
@@ -361,11 +361,11 @@ def _positives_kernel(
             loss += tl.sum(tl.where(positive, _softplus(gap), 0.0), axis=1)
             pull += tl.sum(tl.where(positive, _sigmoid(gap), 0.0), axis=1)
             number += tl.sum(tl.where(positive, 1.0, 0.0), axis=1)
-    place = sums_pointer + tl.program_id(1) * num_rows + rows
+    own = sums_pointer + tl.program_id(1) * num_rows + rows
     plane = tl.num_programs(1) * num_rows
-    tl.store(place, loss, mask=rows < num_rows)
-    tl.store(place + plane, pull, mask=rows < num_rows)
-    tl.store(place + 2 * plane, number, mask=rows < num_rows)
+    tl.store(own, loss, mask=rows < num_rows)
+    tl.store(own + plane, pull, mask=rows < num_rows)
+    tl.store(own + 2 * plane, number, mask=rows < num_rows)
 
 
 @_jit
@@ -456,9 +456,9 @@ def _gradient_kernel(
         gradient = gradient * scale
     elements = tl.arange(0, WIDTH)
     share = tl.cast(tl.program_id(1), tl.int64) * num_rows
-    place = gradient_pointer + (share + rows)[:, None] * D + elements[None, :]
+    own = gradient_pointer + (share + rows)[:, None] * D + elements[None, :]
     inside = (rows < num_rows)[:, None] & (elements < D)[None, :]
-    tl.store(place, gradient, mask=inside)
+    tl.store(own, gradient, mask=inside)
 
 
 # ---- launching them

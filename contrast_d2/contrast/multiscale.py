@@ -33,7 +33,7 @@ class MultiScaleContrast(ContrastMethod):
     map as its positives.
 
     Args:
-        projector: heads for the feature maps.
+        projector, warmup_iters, across_processes: as in `ContrastMethod`.
         sampler: draws the anchors of all scales.
         scale_weights: w_s by name of the feature map, e.g. {"res2": 1.0, "res3": 0.7}. 0 leaves the
             scale out.
@@ -44,7 +44,6 @@ class MultiScaleContrast(ContrastMethod):
         count_empty_anchors: average over all anchors, also those without a positive, as the
             official code does across scales.
         negatives: draws the negatives; None for the anchors of other classes, as in the paper.
-        warmup_iters, across_processes: as in `ContrastMethod`.
 
     Raises:
         ValueError: nothing to contrast, a negative weight, a temperature that is not above 0, a map

@@ -29,7 +29,7 @@ class PixelContrast(ContrastMethod):
     hold the same, that brings the images of the others in.
 
     Args:
-        projector: heads for the feature maps.
+        projector, across_processes: as in `ContrastMethod`.
         sampler: draws the anchors.
         feature: name of the feature map.
         weight: of the term. The official code has 0.1, times temperature / 0.07.
@@ -38,8 +38,7 @@ class PixelContrast(ContrastMethod):
         pairs: choice of semi-hard positives and negatives; None for all pairs.
         negatives: draws wrong pixels of the batch, which are then the only negatives, while the
             contrast set gives the positives. Not together with `pairs`, which choose negatives too.
-        warmup_iters, across_processes: as in `ContrastMethod`; the official code warms up for 5000
-            iterations.
+        warmup_iters: as in `ContrastMethod`; the official code has 5000.
 
     Raises:
         ValueError: a negative weight, a temperature that is not above 0, a map without projector, a

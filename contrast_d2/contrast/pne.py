@@ -65,8 +65,7 @@ class PNE(ContrastMethod):
     `max_hard`: at first most errors are in such, which makes the bound a warm-up.
 
     Args:
-        projector: heads for feature maps.
-        num_classes: K.
+        projector, num_classes, warmup_iters, across_processes: as in `ContrastMethod`.
         feature: name of the feature map. The official code takes the one that the classifier sees.
         weight: of the loss.
         temperature: divides the similarities.
@@ -76,7 +75,6 @@ class PNE(ContrastMethod):
         official_code: draw the first pixels in raster order, from the top of the image, instead of
             random ones, and take an anchor's length for a constant. It then has a gradient along
             itself, and lengths drift.
-        warmup_iters, across_processes: as in `ContrastMethod`.
 
     Raises:
         ValueError: an argument out of its range.

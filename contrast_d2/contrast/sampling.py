@@ -3,10 +3,9 @@
 Shape letters: S scales (label maps of one step), B images, K classes, G groups of a class at one
 scale, H W a label map, h w a feature map, A anchors of one scale.
 
-The draw of a step needs labels only and is made for all scales together. A stable sort brings
-together the pixels of each group (one scale, class and image), budgets say how many to take from
-each, and random ranks say which. No loop runs over images or classes, and the device is waited for
-once, to learn how many anchors there are, or not at all with `fixed_size`.
+The draw of a step is made for all scales together: a stable sort brings together the pixels of each
+group (one scale, class and image), budgets say how many to take from each, and random ranks say
+which. No loop runs over images or classes.
 """
 
 from __future__ import annotations
@@ -315,7 +314,7 @@ def sort_pixels(
     )
     for label_map, part in zip(label_maps, labels.split(sizes), strict=True):
         part.view_as(label_map).copy_(label_map)
-    # The sort is the largest cost, and goes by the bytes of the keys.
+    # The sort is the largest cost, and it depends on the bytes of the keys.
     dtype = torch.int16 if num_groups < 2**15 else torch.int32
     keys = labels.clamp_(-1, num_classes).to(dtype)
     images = torch.arange(num_images, dtype=dtype, device=device)[:, None]
@@ -381,13 +380,13 @@ def draw_pixels(
     group, first_slot = _group_of_slots(slots, quotas, capacities)
     labels = group // groups_per_class % (num_classes + 2) - 1
     padding = labels == num_classes
-    # A second half goes on with the shuffle of the first, now over the places of both.
+    # A second half goes on with the shuffle of the first, now over the pixels of both.
     leader = group - group % 2 if from_remainder else group
     # Padding is beyond all pixels, where it is in nobody's way.
     first = pixels.bounds[leader].masked_fill_(padding, num_pixels)
     size = pixels.bounds[group + 1] - first
-    place = draw_without_replacement(first, size, slots - first_slot[leader], random[slots])
-    chosen = pixels.order[place % num_pixels]
+    index = draw_without_replacement(first, size, slots - first_slot[leader], random[slots])
+    chosen = pixels.order[index % num_pixels]
     labels.masked_fill_(padding, -1)
 
     draws, first_pixel = [], 0

@@ -160,7 +160,7 @@ def test_cache_keeps_what_it_can_and_no_more(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(info_nce_sorted, name, value)
     anchors, labels = samples([10] * 20)
     computed_again, places = [], []
-    again, place = info_nce_sorted._TileCache.again, info_nce_sorted._TileCache._place
+    again, place = info_nce_sorted._TileCache.again, info_nce_sorted._TileCache._buffer
 
     def count_again(self, tile):
         computed_again.append(tile)
@@ -172,7 +172,7 @@ def test_cache_keeps_what_it_can_and_no_more(monkeypatch: pytest.MonkeyPatch) ->
         return memory
 
     monkeypatch.setattr(info_nce_sorted._TileCache, "again", count_again)
-    monkeypatch.setattr(info_nce_sorted._TileCache, "_place", count_places)
+    monkeypatch.setattr(info_nce_sorted._TileCache, "_buffer", count_places)
     results, again_of = {}, {}
     for cache_bytes in (1 << 20, 8 * 10 * 16 * 30, 0):
         computed_again.clear(), places.clear()
@@ -202,14 +202,14 @@ def test_places_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(info_nce_sorted, name, value)
     taken = []
-    place = info_nce_sorted._TileCache._place
+    place = info_nce_sorted._TileCache._buffer
 
     def count(self, stop):
         memory = place(self, stop)
         taken.append(memory.data_ptr())
         return memory
 
-    monkeypatch.setattr(info_nce_sorted._TileCache, "_place", count)
+    monkeypatch.setattr(info_nce_sorted._TileCache, "_buffer", count)
     run_sorted(*samples([10] * 30))
     assert len(taken) == 30 * 29 // 2
     assert len(set(taken)) <= 0.56 * len(taken)
