@@ -26,7 +26,8 @@ save, numbers = Image.Image.save, itertools.count(1)
 def save_or_die(image, file, *args, **options):
     save(image, file, *args, **options)
     if next(numbers) == 6:
-        os.truncate(file, os.path.getsize(file) // 2)
+        file.flush()
+        os.truncate(file.name, os.path.getsize(file.name) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
 Image.Image.save = save_or_die
