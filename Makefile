@@ -11,12 +11,13 @@ BUSY := $(VENV)/.busy
 DEMO := output/demo
 DOCS := output/docs
 
-.PHONY: help setup demo test bench lint format types docs audit clean
+.PHONY: help setup demo test test-all bench lint format types docs audit clean
 
 help:
 	@echo "make setup    create .venv with everything that the demo and the tests need"
 	@echo "make demo     train and evaluate on the built-in shapes, leave pictures in $(DEMO)"
-	@echo "make test     run the tests; make test ARGS='-k shapes' runs some of them"
+	@echo "make test     run the tests but the slow ones; make test ARGS='-k shapes' runs some of them"
+	@echo "make test-all run all tests, among them those that kill, resume and compare whole trainings"
 	@echo "make bench    measure speed and memory, rewrite results/performance_* and their tables"
 	@echo "make lint     check the code with ruff;  make format  rewrites it"
 	@echo "make audit    look the pinned packages up among the known vulnerabilities (needs the network)"
@@ -52,8 +53,12 @@ demo: $(READY)
 	    train.output_dir=$(DEMO)
 	$(BIN)/python tools/plot_run.py $(DEMO)
 
+# Tests of a file run in one process, in order: some share a training.
 test: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # On a machine that does nothing else; about half an hour. Broken promises are told at the end.
 bench: $(READY)

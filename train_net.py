@@ -38,7 +38,6 @@ from contrast_d2.engine import (
     WeightAverage,
     argument_parser,
     begin_run,
-    build_dashboard,
     build_evaluation,
     build_model,
     build_optimizer,
@@ -116,7 +115,7 @@ def do_train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
             average,
             hooks.EvalHook(options.eval_period, test),
             BestCheckpointer(checkpointer, options.best_metric, options.eval_period, averaged),
-            build_dashboard(cfg, model) if is_main else None,
+            instantiate(options.dashboard) if is_main else None,
             MetricsWriter(writers if is_main else list, options.log_period, output_dir),
             PeriodicCheckpointer(checkpointer, **options.checkpointer) if is_main else None,
         ]

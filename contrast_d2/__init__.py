@@ -7,7 +7,7 @@ meta-architecture and the datasets. `contrast_d2.contrast` does without detectro
 import warnings
 from importlib.util import find_spec
 
-from .model_zoo import get_config
+from .config.model_zoo import get_config
 
 __all__ = ["__version__", "get_config"]
 __version__ = "0.1.0"
@@ -17,6 +17,6 @@ if find_spec("detectron2") is not None:
         # detectron2 0.6 scripts functions at import; its users can do nothing about the warning.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
         from . import backbones, data, decoders, segmentor  # noqa: F401
-        from .yacs import add_contrast_config  # noqa: F401
+        from .config.yacs import add_contrast_config  # noqa: F401
 
     __all__ += ["add_contrast_config"]

@@ -48,8 +48,8 @@ def common(file: str, name: str) -> DictConfig:
 def _preset(file: str, name: str) -> Callable[[], DictConfig]:
     def preset() -> DictConfig:
         node = common(file, name)
-        if "projector" in node:
-            node.projector.in_channels = "${channels}"  # methods drop heads that they do not use
+        if "channels" in node:
+            node.channels = "${channels}"  # methods drop heads that they do not use
         return node
 
     preset.__name__ = name

@@ -37,7 +37,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
             own are not used.
         pixel_mean, pixel_std: per channel, in the units of the input images (0..255).
         seg_loss: (`SegOutput`, labels) -> losses by name.
-        contrast: (feature maps, logits, labels) -> `ContrastOutput`; None for the baseline.
+        contrast: (feature maps, labels, logits) -> `ContrastOutput`; None for the baseline.
         ignore_label: label of padding, and of pixels that no loss counts.
 
     Attributes:
@@ -134,7 +134,10 @@ class ContrastiveSegmentor(SemanticSegmentor):
         losses = self.seg_loss(output, labels)
         if self.contrast is not None:
             contrast = self.contrast(
-                {**features, **output.features}, output.logits.detach(), labels
+                {**features, **output.features},
+                labels,
+                output.logits,
+                ignore_label=self.ignore_label,
             )
             losses.update(contrast.losses)
             self.statistics = contrast.statistics

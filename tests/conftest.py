@@ -8,6 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+# It refuses to load after the standard library's distutils, which a test may need first.
+import setuptools  # noqa: F401
 import torch
 
 

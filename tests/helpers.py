@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from bench.host_reads import HostReads, count_host_reads
 
 from contrast_d2.engine.launch import leave_groups
 
@@ -60,53 +58,38 @@ def _run_rank(
         leave_groups()
 
 
+def running_first(
+    code: str, folder: Path, environment: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The environment of a process that runs some code before its program.
+
+    So a process can die at a certain point of its work, however busy the machine is.
+
+    Args:
+        code: what is run, also by Python processes that the process starts.
+        folder: is made, and holds the code.
+        environment: of this process by default.
+    """
+    environment = dict(os.environ if environment is None else environment)
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    paths = [str(folder), environment.get("PYTHONPATH", "")]
+    return {**environment, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 def gpu_waits(step: Callable[[], object]) -> int:
     """How often the host waits for the GPU in the second run of a step; the first one sets up."""
     step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing CUDA operation" in str(w.message) for w in caught)
+    return count_host_reads(step, torch.device("cuda")).total()
 
 
-class HostWaits(TorchFunctionMode):
-    """Records the calls for which a tensor on a device would make the host wait."""
-
-    names = {
-        "__bool__",
-        "__float__",
-        "__index__",
-        "__int__",
-        "as_tensor",
-        "bincount",
-        "cpu",
-        "item",
-        "masked_select",
-        "new_tensor",
-        "nonzero",
-        "repeat_interleave",
-        "tensor",
-        "tolist",
-        "unique",
-    }
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[str] = []
+class HostWaits(HostReads):
+    """Also notes copies from the host to a device, which wait unless they are asked not to."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        name = getattr(func, "__name__", "")
-        masked = name in ("__getitem__", "__setitem__") and any(
-            isinstance(index, Tensor) and index.dtype == torch.bool
-            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
-        )
-        # A copy from the host waits too, unless it is asked not to.
-        copies = name == "to" and any(isinstance(a, torch.device) for a in args)
-        if name in self.names or masked or (copies and not (kwargs or {}).get("non_blocking")):
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        to_device = name == "to" and any(isinstance(a, torch.device) for a in args)
+        created = name in ("as_tensor", "new_tensor", "tensor")
+        if created or (to_device and not kwargs.get("non_blocking")):
             self.calls.append(name)
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)

@@ -5,7 +5,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from contrast_d2.compositing import (
+from contrast_d2.studio.compositing import (
     BOX_COLORS,
     Entry,
     blend,
@@ -16,8 +16,8 @@ from contrast_d2.compositing import (
     panels,
     with_legend,
 )
-from contrast_d2.differences import FIRST, NEITHER, SECOND, Region
-from contrast_d2.visualize import overlay
+from contrast_d2.studio.differences import FIRST, NEITHER, SECOND, Region
+from contrast_d2.studio.visualize import overlay
 
 NAMES = ["road", "sky", "car", "person"]
 COLORS = [(128, 64, 128), (70, 130, 180), (0, 0, 142), (220, 20, 60)]
@@ -39,13 +39,14 @@ def test_a_palette_image_holds_the_ids_and_shows_the_colours(tmp_path) -> None:
         assert np.asarray(image.convert("RGB"))[1].tolist() == [list(COLORS[3]), list(COLORS[2])]
 
 
-@pytest.mark.parametrize("opacity", [0.0, 0.3, 1.0])
-def test_blend_is_the_overlay_of_maps_without_ignored_pixels(opacity: float) -> None:
-    generator = np.random.default_rng(0)
-    image = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
-    ids = generator.integers(0, 4, (20, 30), dtype=np.uint8)
-    expected = overlay(image, ids, COLORS, alpha=opacity).astype(int)
-    assert np.abs(blend(image, ids, COLORS, opacity) - expected).max() <= 1
+def test_blend_is_the_overlay_of_maps_without_ignored_pixels(subtests: pytest.Subtests) -> None:
+    for opacity in [0.0, 0.3, 1.0]:
+        with subtests.test(opacity=opacity):
+            generator = np.random.default_rng(0)
+            image = generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)
+            ids = generator.integers(0, 4, (20, 30), dtype=np.uint8)
+            expected = overlay(image, ids, COLORS, alpha=opacity).astype(int)
+            assert np.abs(blend(image, ids, COLORS, opacity) - expected).max() <= 1
 
 
 def test_the_legend_holds_the_classes_that_occur() -> None:

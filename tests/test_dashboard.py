@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from contrast_d2.contrast import DrawnPixels, Inspection, Similarities
-from contrast_d2.dashboard import (
+from contrast_d2.studio.dashboard_pictures import (
     CONTOUR,
     bars_figure,
     by_outcome,

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from contrast_d2.differences import (
+from contrast_d2.studio.differences import (
     FIRST,
     NEITHER,
     SECOND,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contrast_d2.html_page import html_page, jpeg_address, json_block
+from contrast_d2.studio.html_page import html_page, jpeg_address, json_block
 
 
 def test_a_title_is_text_and_not_html() -> None:

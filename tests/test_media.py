@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contrast_d2 import media
-from contrast_d2.media import ImageFile, Video, VideoWriter, find_sources, open_camera
+from contrast_d2.studio import media
+from contrast_d2.studio.media import ImageFile, Video, VideoWriter, find_sources, open_camera
 
 
 def shades(count: int, height: int = 32, width: int = 48) -> list[np.ndarray]:

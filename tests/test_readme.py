@@ -34,16 +34,19 @@ def test_files_that_it_names_exist() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/configs.md", "docs/troubleshooting.md"])
-def test_overrides_that_it_names_are_known(page: str) -> None:
-    text = (ROOT / page).read_text()
-    overrides = re.findall(r"\b((?:train|model|optimizer|dataloader)\.[\w.]+=[\w.,\[\]]+)", text)
-    assert len(overrides) >= 6
-    for override in set(overrides):
-        # What a memory has, a method without one has not.
-        memory = override.startswith("model.contrast.memory.")
-        config = CAMVID.replace("ms_cs", "pixel_memory") if memory else CAMVID
-        load_config(str(ROOT / config), [override])
+def test_overrides_that_it_names_are_known(subtests: pytest.Subtests) -> None:
+    for page in ["README.md", "docs/configs.md", "docs/troubleshooting.md"]:
+        with subtests.test(page=page):
+            text = (ROOT / page).read_text()
+            overrides = re.findall(
+                r"\b((?:train|model|optimizer|dataloader)\.[\w.]+=[\w.,\[\]]+)", text
+            )
+            assert len(overrides) >= 6
+            for override in set(overrides):
+                # What a memory has, a method without one has not.
+                memory = override.startswith("model.contrast.memory.")
+                config = CAMVID.replace("ms_cs", "pixel_memory") if memory else CAMVID
+                load_config(str(ROOT / config), [override])
 
 
 @pytest.mark.parametrize("target", ["demo", "test"])

@@ -50,7 +50,7 @@ def test_options_reach_nested_parts() -> None:
     options = {"TEMPERATURE": 0.5, "MEMORY": {"REGIONS_PER_CLASS": 3}, "FEATURE": "res4"}
     section = {"NAME": "pixel_memory", "OPTIONS": options}
     method = build_named(CONTRAST_REGISTRY, section, "PATH", KNOWN)
-    assert method.temperature == 0.5 and method.memory.regions_per_class == 3
+    assert method.temperature == 0.5 and method.memory.slots["regions"] == 3
     assert list(method.projector.heads) == ["res4"]
 
 
@@ -67,20 +67,18 @@ def test_arguments() -> None:
     assert arguments_of(Whole, {"RATE": 0.5}, "A", width=3) == {"width": 3, "rate": 0.5}
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_mistakes_in_options(subtests: pytest.Subtests) -> None:
+    for options, message in [
         ({"RAET": 1.0}, r"unknown config key A.RAET. Did you mean A.RATE\?"),
         ({"LIMIT": 1, "NAME": 3}, "A.NAME=3: needs a value like 'x'"),
         ({"RATE": "fast"}, "A.RATE='fast': needs a value like 2"),
         ({"EXACT": 1}, "A.EXACT=1: needs a value like False"),
         ({"PART": {"WIDTH": 1}}, "A.PART={'WIDTH': 1}: has no keys here"),
         ({"WIDTH": 1}, "A.WIDTH: detectron2 has a key of its own"),
-    ],
-)
-def test_mistakes_in_options(options: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        arguments_of(Whole, options, "A", width=3)
+    ]:
+        with subtests.test(options=options):
+            with pytest.raises(ValueError, match=message):
+                arguments_of(Whole, options, "A", width=3)
 
 
 def test_what_is_missing() -> None:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contrast_d2.ablation import write_page
-from contrast_d2.data.check import check_dataset, write_html
-from contrast_d2.html_page import html_page
+from contrast_d2.data.check import check_dataset
+from contrast_d2.studio.ablation import write_page
+from contrast_d2.studio.dataset_report import write_report
+from contrast_d2.studio.html_page import html_page
 
 from .ablation.made import made_page as made_ablation
 from .browser import LAPTOP, PHONE, browser, opened, overflow  # noqa: F401  (a fixture)
@@ -37,7 +38,7 @@ def write_check(path: Path) -> None:
     (folder / "dataset.json").write_text(json.dumps({"classes": classes}))
     checked = check_dataset(str(folder))
     assert checked.has_errors
-    write_html(str(path), checked, "yard")
+    write_report(str(path), checked, "yard")
 
 
 REPORTS: dict[str, Callable[[Path], Any]] = {

@@ -43,7 +43,7 @@ Batch = list[dict[str, Any]]
 def contrast_on(channels: dict[str, int], weights: dict[str, float], cross=()) -> nn.Module:
     return MultiScaleContrast(
         MultiScaleProjector(channels, 16, num_hidden=1),
-        BalancedSampler(NUM_CLASSES, max_anchors=200, floor=8),
+        BalancedSampler(NUM_CLASSES, max_anchors=200, min_per_class=8),
         scale_weights=weights,
         cross_scale=cross,
     )
@@ -80,7 +80,7 @@ def sample(height: int = 64, width: int = 96) -> dict[str, Any]:
 class Recorder(nn.Module):
     """Keeps what a contrast method is given."""
 
-    def forward(self, features, logits, labels) -> ContrastOutput:
+    def forward(self, features, labels, logits, *, ignore_label) -> ContrastOutput:
         self.features, self.logits, self.labels = features, logits, labels
         return ContrastOutput({}, {})
 
@@ -264,13 +264,13 @@ def test_padding_does_not_enter_the_loss() -> None:
     torch.testing.assert_close(alone, together)
 
 
-def test_contrast_sees_all_features_and_detached_logits() -> None:
+def test_contrast_sees_all_features_and_the_logits() -> None:
     model = build(contrast=Recorder())
     model([sample(), sample()])
     seen = model.contrast
     assert set(seen.features) == {*NAMES, "p2", "p3", "p4", "p5", "pre_logits"}
     assert all(x.requires_grad for x in seen.features.values())
-    assert seen.logits.shape == (2, NUM_CLASSES, 16, 24) and not seen.logits.requires_grad
+    assert seen.logits.shape == (2, NUM_CLASSES, 16, 24)
 
 
 def test_losses_and_gradients() -> None:
@@ -340,7 +340,8 @@ def test_statistics_stay_out_of_the_losses() -> None:
     statistics = model.statistics
     terms = ["res2", "res3", "res4", "res5", "res2_res5", "res2_res4"]
     quantities = ["anchors", "classes", "positive_similarity", "negative_similarity"]
-    assert set(statistics) == {f"contrast/{term}/{q}" for term in terms for q in quantities}
+    expected = {f"contrast/{term}/{q}" for term in terms for q in quantities}
+    assert set(statistics) == {"contrast/ignored_share", *expected}
     assert not [name for name, value in statistics.items() if value.requires_grad or value.dim()]
     assert 2 <= statistics["contrast/res2/classes"] <= NUM_CLASSES
     assert statistics["contrast/res2/classes"] <= statistics["contrast/res2/anchors"] <= 200

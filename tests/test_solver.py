@@ -6,7 +6,7 @@ import pytest
 import torch
 from detectron2.solver import LRMultiplier
 
-from contrast_d2.solver import optimizer_params, poly_schedule
+from contrast_d2.config.solver import optimizer_params, poly_schedule
 
 
 def rates(max_iter: int, **arguments) -> list[float]:
@@ -21,10 +21,11 @@ def rates(max_iter: int, **arguments) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("power", [0.9, 1.0, 2.0])
-def test_decay(power: float) -> None:
-    expected = [0.5 * (1 - t / 40) ** power for t in range(40)]
-    assert rates(40, power=power) == pytest.approx(expected, rel=1e-12)
+def test_decay(subtests: pytest.Subtests) -> None:
+    for power in [0.9, 1.0, 2.0]:
+        with subtests.test(power=power):
+            expected = [0.5 * (1 - t / 40) ** power for t in range(40)]
+            assert rates(40, power=power) == pytest.approx(expected, rel=1e-12)
 
 
 def test_power_is_the_fields_by_default() -> None:
@@ -46,9 +47,8 @@ def test_warm_up_from_nothing_and_for_one_iteration() -> None:
     assert found[1:] == pytest.approx([0.5 * (1 - t / 5) ** 0.9 for t in range(1, 5)])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_mistakes(subtests: pytest.Subtests) -> None:
+    for arguments, message in [
         ({"max_iter": 0}, "train.max_iter=0"),
         ({"max_iter": 10, "warmup_iters": 10}, "warmup_iters=10: .*below max_iter=10"),
         ({"max_iter": 10, "warmup_iters": -1}, "warmup_iters=-1"),
@@ -56,11 +56,10 @@ def test_warm_up_from_nothing_and_for_one_iteration() -> None:
         ({"max_iter": 10, "power": float("nan")}, "power=nan"),
         ({"max_iter": 10, "warmup_factor": 1.5}, "warmup_factor=1.5"),
         ({"max_iter": 10, "warmup_factor": -0.1}, "warmup_factor=-0.1"),
-    ],
-)
-def test_mistakes(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        poly_schedule(**arguments)
+    ]:
+        with subtests.test(arguments=arguments):
+            with pytest.raises(ValueError, match=message):
+                poly_schedule(**arguments)
 
 
 def test_the_head_learns_faster_than_the_backbone() -> None:

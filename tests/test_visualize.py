@@ -7,7 +7,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
-from contrast_d2.visualize import (
+from contrast_d2.studio.visualize import (
     CORRECT,
     IGNORED,
     WRONG,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from contrast_d2.__main__ import programs
+from contrast_d2.__main__ import main, programs
 from contrast_d2.engine import load_config
 from contrast_d2.resources import find_config, resource
 
@@ -95,24 +95,28 @@ def test_it_trains_the_demo_from_another_folder(wheel: Path, tmp_path: Path) -> 
     assert (elsewhere / "own/model_final.pth").is_file()
 
 
-def test_programs_are_found_and_run_as_their_files_are(tmp_path: Path) -> None:
+def test_programs_are_found_and_run_as_their_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     assert {"train_net", "install_detectron2", "plot_run", "check_dataset"} <= set(programs())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "contrast_d2", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
+    def run(*arguments: str) -> tuple[object, str]:
+        """The exit status, which an interpreter prints where it is a text, and the output."""
+        monkeypatch.setattr(sys, "argv", ["contrast-d2", *arguments])
+        try:
+            main()
+        except SystemExit as stop:
+            return stop.code, capsys.readouterr().out
+        return 0, capsys.readouterr().out
 
-    assert "copy_configs" in run("--help").stdout
-    unknown = run("plot_runs")
-    assert unknown.returncode == 1 and unknown.stderr.startswith("error: plot_runs")
+    assert "copy_configs" in run("--help")[1]
+    assert str(run("plot_runs")[0]).startswith("error: plot_runs")
     (tmp_path / "taken").mkdir()
-    refused = run("copy_configs", "taken")
-    assert refused.returncode == 1 and refused.stderr.startswith("error: taken is there already")
-    helped = run("install_detectron2", "--help")
-    assert helped.returncode == 0 and "--wheel" in helped.stdout
+    assert str(run("copy_configs", "taken")[0]).startswith("error: taken")
+    status, text = run("install_detectron2", "--help")
+    assert status == 0 and "--wheel" in text
 
 
 def test_experiment_files_are_found_from_any_folder(tmp_path: Path, monkeypatch) -> None:

@@ -64,6 +64,9 @@ def check(command: str) -> None:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         unknown = [w for w in words if "=" not in w and w not in targets]
         assert not unknown, f"make has no {unknown}"
+        for word in words:
+            if word.startswith("ARGS="):
+                check_pytest(shlex.split(word.removeprefix("ARGS=")))
     elif program == "bash":
         check_shell(ROOT / words[0])
     elif words[:1] == ["-m"]:
@@ -99,21 +102,25 @@ def check_pytest(words: list[str]) -> None:
         elif option.startswith("--ignore="):
             assert (ROOT / option.partition("=")[2]).exists(), option
         elif option.startswith("tests"):
-            assert (ROOT / option).exists(), option
+            path, _, name = option.partition("::")
+            assert (ROOT / path).exists(), option
+            assert not name or f"def {name}(" in (ROOT / path).read_text(), option
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_commands_exist(path: Path) -> None:
-    commands = list(commands_of(path))
-    assert commands
-    for command in commands:
-        check(command)
+def test_commands_exist(subtests: pytest.Subtests) -> None:
+    for path in FILES:
+        with subtests.test(path=path):
+            commands = list(commands_of(path))
+            assert commands
+            for command in commands:
+                check(command)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
+def test_a_command_that_does_not_exist_is_found(subtests: pytest.Subtests) -> None:
+    for command in [
         "make tests",
+        "make test ARGS='-q tests/test_nothing.py'",
+        "make test-all ARGS='tests/test_workflows.py::test_nothing'",
         "bash .ci/go",
         "python tools/install_detectron.py",
         "python -m pytesst",
@@ -123,11 +130,23 @@ def test_commands_exist(path: Path) -> None:
         "python -m pytest --ignore=tests/engines",
         "python -m pytest tests/engines",
         "python -m pip install torch==${{ matrix.torchh }}",
-    ],
-)
-def test_a_command_that_does_not_exist_is_found(command: str) -> None:
-    with pytest.raises((AssertionError, OSError)):
-        check(command)
+    ]:
+        with subtests.test(command=command):
+            with pytest.raises((AssertionError, OSError)):
+                check(command)
+
+
+def test_continuous_integration_runs_the_whole_suite() -> None:
+    """All tests once, and `make test` but the slow ones of them."""
+    makefile = (ROOT / "Makefile").read_text()
+    recipes = dict(re.findall(r"^([\w-]+): .*\n((?:\t.*\n)+)", makefile, re.MULTILINE))
+    chosen = {name: '-m "not slow"' in recipes[name] for name in ("test", "test-all")}
+    assert chosen == {"test": True, "test-all": False}
+    commands = [line.split("ARGS=") for line in (ROOT / ".ci/run").read_text().splitlines()]
+    arguments = [words[1] for words in commands if words[0] == "make test-all "]
+    assert [
+        a for a in arguments if not set(a.strip('"').split()) & {"-m", "-k"} and "tests" not in a
+    ]
 
 
 def test_all_systems_and_the_declared_bounds_are_run() -> None:
@@ -157,15 +176,16 @@ def test_detectron2s_main_is_run_once_a_week() -> None:
     assert installed == [f"python tools/install_detectron2.py --from {checkout['path']}"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_jobs_are_bounded_and_may_not_write(path: Path) -> None:
-    workflow = load(path)
-    assert workflow["permissions"] == {"contents": "read"}
-    for job in workflow["jobs"].values():
-        assert job["timeout-minutes"] <= 120
-        for step in job["steps"]:
-            assert ("run" in step) != ("uses" in step)
-            assert re.fullmatch(r"actions/[\w-]+@v\d+", step.get("uses", "actions/none@v0"))
+def test_jobs_are_bounded_and_may_not_write(subtests: pytest.Subtests) -> None:
+    for path in FILES:
+        with subtests.test(path=path):
+            workflow = load(path)
+            assert workflow["permissions"] == {"contents": "read"}
+            for job in workflow["jobs"].values():
+                assert job["timeout-minutes"] <= 120
+                for step in job["steps"]:
+                    assert ("run" in step) != ("uses" in step)
+                    assert re.fullmatch(r"actions/[\w-]+@v\d+", step.get("uses", "actions/none@v0"))
 
 
 def _number(version: str) -> tuple[int, ...]:

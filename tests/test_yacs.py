@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from torch import nn
 
 from contrast_d2 import add_contrast_config
 from contrast_d2.backbones import without_starting_weights
+from contrast_d2.config.yacs import ReadKeys, load_yacs, tree_from_yacs
 from contrast_d2.evaluation.runs import load_saved_config
-from contrast_d2.yacs import ReadKeys, load_yacs, tree_from_yacs
 
 ROOT = Path(__file__).parents[1]
 CAMVID = ROOT / "configs/camvid"
@@ -155,39 +154,37 @@ def test_keys_of_detectron2_mean_what_they_mean_there() -> None:
     assert [multiplier(t) for t in (0.4, 0.6, 0.8)] == pytest.approx([1, 0.1, 0.01])
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("MODEL.MASK_ON", "True", "MODEL.MASK_ON=True: not read"),
-        ("SOLVER.STEPS", "(1000,)", r"SOLVER.STEPS=\[1000\]: not read"),
-        ("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "CLIP_GRADIENTS.ENABLED=True: not read"),
-        ("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.DEPTH=18: not read"),
-        ("MODEL.SEM_SEG_HEAD.LOSS_WEIGHT", "0.5", "LOSS_WEIGHT=0.5: not read"),
+def test_what_has_no_effect_or_is_not_there(subtests: pytest.Subtests) -> None:
+    for key, value, message in [
+        ("MODEL.MASK_ON", "True", "MODEL.MASK_ON=True"),
+        ("SOLVER.STEPS", "(1000,)", r"SOLVER.STEPS=\[1000\]"),
+        ("SOLVER.CLIP_GRADIENTS.ENABLED", "True", "CLIP_GRADIENTS.ENABLED=True"),
+        ("MODEL.RESNETS.DEPTH", "18", "MODEL.RESNETS.DEPTH=18"),
+        ("MODEL.SEM_SEG_HEAD.LOSS_WEIGHT", "0.5", "LOSS_WEIGHT=0.5"),
         ("MODEL.CONTRAST.NAME", "", None),  # its options may stay
         ("DATALOADER.ASPECT_RATIO_GROUPING", "False", None),
-        ("MODEL.META_ARCHITECTURE", "SemanticSegmentor", "CONTRAST.NAME='ms_cs'.*: not read"),
-        ("SOLVER.LR_SCHEDULER_NAME", "Step", "Unknown LR scheduler: Step"),
-        ("INPUT.CROP.ENABLED", "False", "training needs crops"),
+        ("MODEL.META_ARCHITECTURE", "SemanticSegmentor", "CONTRAST.NAME='ms_cs'.*"),
+        ("SOLVER.LR_SCHEDULER_NAME", "Step", "Step"),
+        ("INPUT.CROP.ENABLED", "False", "INPUT.CROP.ENABLED"),
         ("INPUT.RANDOM_FLIP", "vertical", "'horizontal' or 'none'"),
-        ("DATASETS.TRAIN", "()", "DATASETS.TRAIN is empty"),
-        ("DATASETS.TEST", "('a', 'b')", "name one dataset"),
-        ("MODEL.SEM_SEG_HEAD.NAME", "FCNDecodr", "Did you mean FCNDecoder"),
-        ("MODEL.SEM_SEG_HEAD.OPTIONS.WIDTH", "3", "SEM_SEG_HEAD.OPTIONS.WIDTH. Did you mean"),
-        ("MODEL.BACKBONE.NAME", "TimBackbone", "Did you mean TimmBackbone.*--import"),
-        ("MODEL.BACKBONE.OPTIONS", "{}", "MODEL.BACKBONE.OPTIONS.NAME is not set"),
-        ("MODEL.CONTRAST.OPTIONS.WEIHGT", "1.0", "Did you mean MODEL.CONTRAST.OPTIONS.WEIGHT"),
+        ("DATASETS.TRAIN", "()", "DATASETS.TRAIN"),
+        ("DATASETS.TEST", "('a', 'b')", "DATASETS.TEST"),
+        ("MODEL.SEM_SEG_HEAD.NAME", "FCNDecodr", "FCNDecoder"),
+        ("MODEL.SEM_SEG_HEAD.OPTIONS.WIDTH", "3", r"SEM_SEG_HEAD.OPTIONS.WIDTH\b"),
+        ("MODEL.BACKBONE.NAME", "TimBackbone", "TimmBackbone.*--import"),
+        ("MODEL.BACKBONE.OPTIONS", "{}", "MODEL.BACKBONE.OPTIONS.NAME"),
+        ("MODEL.CONTRAST.OPTIONS.WEIHGT", "1.0", "MODEL.CONTRAST.OPTIONS.WEIGHT"),
         ("MODEL.SEG_LOSS.NAME", "CELoss", "SEG_LOSS registry"),
-        ("TRAIN.MAX_ITER", "3", "TRAIN.MAX_ITER: detectron2 has a key of its own"),
-        ("SOLVER.MAX_ITR", "3", "unknown config key SOLVER.MAX_ITR. Did you mean SOLVER.MAX_ITER"),
-        ("SEED.X", "3", "unknown config key SEED.X. Did you mean"),
-    ],
-)
-def test_what_has_no_effect_or_is_not_there(key: str, value: str, message: str | None) -> None:
-    if message is None:
-        tree_of(MS_CS, key, value)
-        return
-    with pytest.raises(ValueError, match=message):
-        tree_of(MS_CS, key, value)
+        ("TRAIN.MAX_ITER", "3", "TRAIN.MAX_ITER"),
+        ("SOLVER.MAX_ITR", "3", r"SOLVER.MAX_ITR\b.*SOLVER.MAX_ITER\b"),
+        ("SEED.X", "3", r"SEED.X\b"),
+    ]:
+        with subtests.test(key=key, value=value):
+            if message is None:
+                tree_of(MS_CS, key, value)
+                return
+            with pytest.raises(ValueError, match=message):
+                tree_of(MS_CS, key, value)
 
 
 class Part:
@@ -203,9 +200,8 @@ class Part:
 A = {"A.WIDTH", "A.DEPTH"}
 
 
-@pytest.mark.parametrize(
-    ("read", "expected"),
-    [
+def test_keys_that_are_read_are_noted(subtests: pytest.Subtests) -> None:
+    for read, expected in [
         (lambda cfg: cfg.A, set()),  # a section by itself says nothing yet
         (lambda cfg: cfg.A.WIDTH, {"A.WIDTH"}),
         (lambda cfg: cfg["A"]["DEPTH"], {"A.DEPTH"}),
@@ -219,13 +215,12 @@ A = {"A.WIDTH", "A.DEPTH"}
         (lambda cfg: {key.lower(): cfg.A[key] for key in cfg.A}, A),
         (lambda cfg: cfg.A.clone(), A),
         (lambda cfg: Part(cfg).width, {"A.WIDTH"}),
-    ],
-)
-def test_keys_that_are_read_are_noted(read: Callable[[CfgNode], Any], expected: set[str]) -> None:
-    cfg = CfgNode({"A": {"WIDTH": 3, "DEPTH": 2}, "SEED": 1})
-    keys = ReadKeys(cfg, set())
-    assert read(keys) == read(cfg)
-    assert keys.read == expected
+    ]:
+        with subtests.test(read=read):
+            cfg = CfgNode({"A": {"WIDTH": 3, "DEPTH": 2}, "SEED": 1})
+            keys = ReadKeys(cfg, set())
+            assert read(keys) == read(cfg)
+            assert keys.read == expected
 
 
 MODULE = """
@@ -246,7 +241,7 @@ MODEL:
   META_ARCHITECTURE: ContrastiveSegmentor
   BACKBONE: {NAME: build_mine, OPTIONS: {MODEL: test_resnet, EXACT: True}}
   SEM_SEG_HEAD: {NAME: FCNDecoder, NORM: BN, IN_FEATURES: [res2, res3], NUM_CLASSES: 9}
-  CONTRAST: {NAME: pixel, OPTIONS: {FEATURE: concat, WARMUP_ITERS: 0, PROJECTOR: {EMBED_DIM: 8}}}
+  CONTRAST: {NAME: pixel, OPTIONS: {FEATURE: concat, WARMUP_ITERS: 0, EMBED_DIM: 8}}
 DATASETS: {TRAIN: [shapes_sem_seg_val], TEST: [shapes_sem_seg_val]}
 DATALOADER: {NUM_WORKERS: 1}
 INPUT: {CROP: {ENABLED: True, TYPE: absolute, SIZE: [64, 64]}}

@@ -33,7 +33,10 @@ from bench.machine import note
 from detectron2.config import instantiate
 from tqdm import tqdm
 
-from contrast_d2.ablation import (
+from contrast_d2.backbones import without_starting_weights
+from contrast_d2.engine import load_config
+from contrast_d2.resources import find_config
+from contrast_d2.studio.ablation import (
     Ablation,
     Cell,
     Failure,
@@ -47,9 +50,6 @@ from contrast_d2.ablation import (
     train_cells,
     write_page,
 )
-from contrast_d2.backbones import without_starting_weights
-from contrast_d2.engine import load_config
-from contrast_d2.resources import find_config
 
 PROGRAM = Path(__file__).resolve().parents[1] / "train_net.py"
 

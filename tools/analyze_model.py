@@ -29,10 +29,10 @@ from bench.models import crop_of
 from detectron2.config import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from contrast_d2.analysis import ModelCost, analyze, inference_differences
 from contrast_d2.backbones import without_starting_weights
 from contrast_d2.engine import load_config
 from contrast_d2.segmentor import ContrastiveSegmentor
+from contrast_d2.studio.analysis import ModelCost, analyze, inference_differences
 
 
 def main(arguments: list[str] | None = None) -> int:

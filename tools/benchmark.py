@@ -6,10 +6,8 @@ Usage:
     python tools/benchmark.py contrast --shapes infonce_2048 cityscapes_b2
     python tools/benchmark.py growth --output results/performance_growth.json
     python tools/benchmark.py projection --output results/performance_projection.json
-    python tools/benchmark.py methods configs/camvid/semfpn_r18_{base,ms_cs,pixel}_cpu.py
     python tools/benchmark.py data --output results/performance_data.json
     python tools/benchmark.py evaluation --output results/performance_evaluation.json
-    python tools/benchmark.py dashboard configs/camvid/semfpn_r18_{ms_cs,pne}_cpu.py
     python tools/benchmark.py model configs/cityscapes/fcn_hrnet48_{base,ms_cs}_40k.py --batch 2
     python tools/benchmark.py model --suite gpu --output results/performance_model_gpu.json
     python tools/benchmark.py tables
@@ -53,8 +51,6 @@ def main(arguments: list[str] | None = None) -> int:
     _add_contrast(commands)
     _add_growth(commands)
     _add_projection(commands)
-    _add_methods(commands)
-    _add_dashboard(commands)
     _add_model(commands)
     _add_data(commands)
     _add_evaluation(commands)
@@ -106,27 +102,6 @@ def _add_projection(commands: Any) -> None:
     parser.add_argument("--batch", type=int, default=1, help="images (default 1)")
     parser.add_argument("--height", type=int, default=512, help="of an image (default 512)")
     parser.add_argument("--width", type=int, default=1024, help="of an image (default 1024)")
-
-
-def _add_methods(commands: Any) -> None:
-    parser = _add_measurement(
-        commands, "methods", "a training step of experiment files that differ in their method"
-    )
-    parser.set_defaults(run=_methods)
-    parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="experiment files, the baseline first"
-    )
-    parser.add_argument("--weights", default="", metavar="FILE", help="checkpoint of the baseline")
-
-
-def _add_dashboard(commands: Any) -> None:
-    parser = _add_measurement(
-        commands, "dashboard", "training steps that the dashboard of the contrast shows"
-    )
-    parser.set_defaults(run=_dashboard)
-    parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="experiment files with a contrast"
-    )
 
 
 def _add_data(commands: Any) -> None:
@@ -236,26 +211,6 @@ def _projection(options: argparse.Namespace) -> int:
     scene = replace(cases.STREET, **size)
     results = projection.measure(scene, backbone=options.backbone, **_settings(options))
     _write(results, options.output)
-    return 0
-
-
-def _methods(options: argparse.Namespace) -> int:
-    for path in [*options.files, *([options.weights] if options.weights else [])]:
-        if not Path(path).is_file():
-            raise ValueError(f"{path}: there is no such file")
-    work = methods.MethodStep({path.stem: str(path) for path in options.files}, options.weights)
-    _write(methods.measure(work, **_settings(options)), options.output)
-    return 0
-
-
-def _dashboard(options: argparse.Namespace) -> int:
-    for path in options.files:
-        if not path.is_file():
-            raise ValueError(f"{path}: there is no such file")
-    from bench import dashboard  # brings detectron2, which other measurements do without
-
-    files = {path.stem: str(path) for path in options.files}
-    _write(dashboard.measure(files, **_settings(options)), options.output)
     return 0
 
 

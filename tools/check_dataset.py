@@ -21,7 +21,8 @@ import warnings
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
 # ruff: noqa: E402
-from contrast_d2.data.check import check_dataset, text_report, write_html
+from contrast_d2.data.check import check_dataset, text_report
+from contrast_d2.studio.dataset_report import write_report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         checked = check_dataset(options.dataset, workers=options.workers)
         print(text_report(checked))
         if options.html:
-            write_html(options.html, checked, options.dataset)
+            write_report(options.html, checked, options.dataset)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

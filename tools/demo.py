@@ -30,7 +30,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from contrast_d2.compositing import (
+from contrast_d2.data import load_labels, register_folder
+from contrast_d2.deploy.predictor import Predictor, load_predictor
+from contrast_d2.engine import import_modules
+from contrast_d2.studio.compositing import (
     blend,
     box_entries,
     class_entries,
@@ -40,12 +43,9 @@ from contrast_d2.compositing import (
     text_size_for,
     with_legend,
 )
-from contrast_d2.data import load_labels, register_folder
-from contrast_d2.differences import Agreement, agreement, differing_regions
-from contrast_d2.engine import import_modules
-from contrast_d2.engine.predictor import Predictor, load_predictor
-from contrast_d2.media import Frame, ImageFile, Video, VideoWriter, find_sources, open_camera
-from contrast_d2.visualize import overlay
+from contrast_d2.studio.differences import Agreement, agreement, differing_regions
+from contrast_d2.studio.media import Frame, ImageFile, Video, VideoWriter, find_sources, open_camera
+from contrast_d2.studio.visualize import overlay
 
 _OVERLAY, _IDS, _COLORS, _COMPARISON = "overlay", "ids", "colors", "comparison"
 _SAVED = (_OVERLAY, _IDS, _COLORS)

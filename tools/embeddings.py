@@ -38,7 +38,8 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from contrast_d2.embeddings import (
+from contrast_d2.engine import check_classes, load_config, load_trained
+from contrast_d2.studio.embeddings import (
     PLANE_TITLES,
     PLANES,
     LayerTap,
@@ -56,8 +57,7 @@ from contrast_d2.embeddings import (
     study_model,
     write_page,
 )
-from contrast_d2.embeddings.page import SCORE_TITLES
-from contrast_d2.engine import check_classes, load_config, load_trained
+from contrast_d2.studio.embeddings.page import SCORE_TITLES
 from contrast_d2.weights import read_weights
 
 

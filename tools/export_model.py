@@ -22,9 +22,7 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 import torch
 from torch import Tensor
 
-from contrast_d2.engine import load_config, load_trained
-from contrast_d2.engine.checkpoint import write_atomically
-from contrast_d2.export import (
+from contrast_d2.deploy.export import (
     InferenceModel,
     compare,
     export_program,
@@ -32,6 +30,8 @@ from contrast_d2.export import (
     onnx_runner,
     shapes_to_check,
 )
+from contrast_d2.engine import load_config, load_trained
+from contrast_d2.files import write_atomically
 
 _ENDINGS = {"onnx": ".onnx", "torch_export": ".pt2"}
 

@@ -41,7 +41,8 @@ from bench.machine import note  # noqa: E402
 from detectron2.utils import comm  # noqa: E402
 
 import train_net  # noqa: E402
-from contrast_d2.engine import Trainer, argument_parser, files  # noqa: E402
+from contrast_d2 import files  # noqa: E402
+from contrast_d2.engine import Trainer, argument_parser  # noqa: E402
 
 _ITERATIONS = 40
 # The job with all its parts, on a network of 0.4 M weights: a start takes seconds.
@@ -49,7 +50,7 @@ _SMALL = [
     "model.backbone.name=test_resnet",
     "model.sem_seg_head.fpn_channels=16",
     "model.sem_seg_head.conv_dims=32",
-    "model.contrast.projector.embed_dim=16",
+    "model.contrast.embed_dim=16",
     "dataloader.train.mapper.augmentations.crop_size=[64,64]",
     "dataloader.train.total_batch_size=4",
     "dataloader.test.num_workers=0",

@@ -17,7 +17,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 
 # ruff: noqa: E402
-from contrast_d2.ablation import model_zoo
+from contrast_d2.studio.ablation import model_zoo
 
 
 def main(arguments: list[str] | None = None) -> int:

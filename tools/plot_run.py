@@ -24,10 +24,10 @@ from detectron2.data.detection_utils import read_image
 
 from contrast_d2.data.datasets import read_records
 from contrast_d2.data.labels import load_labels
+from contrast_d2.deploy.predictor import load_predictor
 from contrast_d2.engine import last_checkpoint
-from contrast_d2.engine.predictor import load_predictor
 from contrast_d2.evaluation.runs import last_scores, read_metrics
-from contrast_d2.visualize import comparison_panel, plot_class_iou, plot_curves
+from contrast_d2.studio.visualize import comparison_panel, plot_class_iou, plot_curves
 
 
 def main(arguments: list[str] | None = None) -> int:

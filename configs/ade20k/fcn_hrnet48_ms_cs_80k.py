@@ -13,5 +13,5 @@ from ..common.contrast.ms_cs import ms_cs as _contrast
 from .fcn_hrnet48_base_80k import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _contrast
-model.contrast.sampler.max_anchors = 40_000  # the method's 10,000 on each of four GPUs
+model.contrast.max_anchors = 40_000  # the method's 10,000 on each of four GPUs
 train.output_dir = "output/ade20k/fcn_hrnet48_ms_cs_80k"

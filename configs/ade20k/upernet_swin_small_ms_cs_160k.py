@@ -20,5 +20,5 @@ from .upernet_swin_small_base_160k import (
 )
 
 model.contrast = _contrast
-model.contrast.sampler.max_anchors = 40_000  # the paper's 10,000 on each of four GPUs
+model.contrast.max_anchors = 40_000  # the paper's 10,000 on each of four GPUs
 train.output_dir = "output/ade20k/upernet_swin_small_ms_cs_160k"

@@ -9,5 +9,5 @@ from ..common.contrast.ms_cs import ms_cs_two_maps as _contrast
 from .ocr_r50_base_task2_50ep import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _contrast
-model.contrast.sampler.max_anchors = 40_000  # 10,000 on each of four GPUs
+model.contrast.max_anchors = 40_000  # 10,000 on each of four GPUs
 train.output_dir = "output/cadis/ocr_r50_ms_cs_task2_50ep"

@@ -13,5 +13,5 @@ from ..common.contrast.ms_cs import ms_cs_dilated as _contrast
 from .deeplabv3_r101_base_6k import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _contrast
-model.contrast.sampler.max_anchors = 40_000  # 10,000 on each of four GPUs
+model.contrast.max_anchors = 40_000  # 10,000 on each of four GPUs
 train.output_dir = "output/camvid/deeplabv3_r101_ms_cs_6k"

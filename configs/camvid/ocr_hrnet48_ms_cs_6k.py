@@ -13,5 +13,5 @@ from ..common.contrast.ms_cs import ms_cs as _contrast
 from .ocr_hrnet48_base_6k import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _contrast
-model.contrast.sampler.max_anchors = 40_000  # 10,000 on each of four GPUs
+model.contrast.max_anchors = 40_000  # 10,000 on each of four GPUs
 train.output_dir = "output/camvid/ocr_hrnet48_ms_cs_6k"

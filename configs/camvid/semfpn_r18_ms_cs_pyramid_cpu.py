@@ -7,7 +7,7 @@ from ..common.contrast.ms_cs import ms_cs_pyramid as _contrast
 from .semfpn_r18_base_cpu import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _contrast
-model.contrast.projector.in_channels = dict.fromkeys(
+model.contrast.channels = dict.fromkeys(
     ("p2", "p3", "p4", "p5"), "${model.sem_seg_head.fpn_channels}"
 )
 train.output_dir = "output/camvid/semfpn_r18_ms_cs_pyramid_cpu"

@@ -1,5 +1,5 @@
 """CamVid on a CPU: multi- and cross-scale contrast, sampled projection, batch norms
-with the statistics of the draw.
+with the statistics of the drawn pixels.
 
 python train_net.py --config-file configs/camvid/semfpn_r18_ms_cs_sampled_draw_cpu.py
 """
@@ -7,5 +7,4 @@ python train_net.py --config-file configs/camvid/semfpn_r18_ms_cs_sampled_draw_c
 from .semfpn_r18_ms_cs_cpu import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast.projection = "sampled"
-model.contrast.norm_statistics = "draw"
 train.output_dir = "output/camvid/semfpn_r18_ms_cs_sampled_draw_cpu"

@@ -6,5 +6,5 @@ python train_net.py --config-file configs/camvid/semfpn_r18_ms_cs_sampled_layer_
 from .semfpn_r18_ms_cs_cpu import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast.projection = "sampled"
-model.contrast.projector.norm = "layer"
+model.contrast.norm = "layer"
 train.output_dir = "output/camvid/semfpn_r18_ms_cs_sampled_layer_cpu"

@@ -12,5 +12,5 @@ from ..common.contrast.ms_cs import ms_cs_dilated as _contrast
 from .deeplabv3_r101_base_40k import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _contrast
-model.contrast.sampler.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
+model.contrast.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
 train.output_dir = "output/cityscapes/deeplabv3_r101_ms_cs_40k"

@@ -11,5 +11,5 @@ from ..common.contrast.taps import tap as _tap
 from .deeplabv3_r101_base_40k import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _tap(_pixel_release, "res5", _stages)
-model.contrast.sampler.max_anchors = 4096  # the release's 1,024 on each of four GPUs
+model.contrast.max_anchors = 4096  # the release's 1,024 on each of four GPUs
 train.output_dir = "output/cityscapes/deeplabv3_r101_pixel_release_40k"

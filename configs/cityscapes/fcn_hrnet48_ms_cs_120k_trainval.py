@@ -15,5 +15,5 @@ from .fcn_hrnet48_base_120k_trainval import (
 )
 
 model.contrast = _contrast
-model.contrast.sampler.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
+model.contrast.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
 train.output_dir = "output/cityscapes/fcn_hrnet48_ms_cs_120k_trainval"

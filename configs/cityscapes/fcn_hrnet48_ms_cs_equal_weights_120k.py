@@ -10,5 +10,5 @@ from .fcn_hrnet48_base_120k import dataloader, dataset, lr_multiplier, model, op
 
 model.contrast = _contrast
 model.contrast.scale_weights = {"res2": 1.0, "res3": 1.0, "res4": 1.0, "res5": 1.0}
-model.contrast.sampler.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
+model.contrast.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
 train.output_dir = "output/cityscapes/fcn_hrnet48_ms_cs_equal_weights_120k"

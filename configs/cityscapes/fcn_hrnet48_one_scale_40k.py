@@ -11,5 +11,5 @@ from .fcn_hrnet48_base_40k import dataloader, dataset, lr_multiplier, model, opt
 
 model.contrast = _contrast
 model.contrast.scale_weights = {"res2": 1.0}
-model.contrast.sampler.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
+model.contrast.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
 train.output_dir = "output/cityscapes/fcn_hrnet48_one_scale_40k"

@@ -15,6 +15,6 @@ from .fcn_hrnet48_base_40k import dataloader, dataset, lr_multiplier, model, opt
 model.contrast = _contrast
 model.contrast.scale_weights = {"res2": 1.0}
 # Bounds that no class reaches: K of 19 classes is as many as a batch has pixels at stride 4.
-model.contrast.sampler.floor = 8 * 128 * 256
-model.contrast.sampler.max_anchors = 19 * 8 * 128 * 256
+model.contrast.min_per_class = 8 * 128 * 256
+model.contrast.max_anchors = 19 * 8 * 128 * 256
 train.output_dir = "output/cityscapes/fcn_hrnet48_one_scale_all_pixels_40k"

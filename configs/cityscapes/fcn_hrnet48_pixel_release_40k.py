@@ -10,5 +10,5 @@ from ..common.contrast.taps import tap as _tap
 from .fcn_hrnet48_base_40k import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _tap(_pixel_release, "concat", _joined("concat"))
-model.contrast.sampler.max_anchors = 4096  # the release's 1,024 on each of four GPUs
+model.contrast.max_anchors = 4096  # the release's 1,024 on each of four GPUs
 train.output_dir = "output/cityscapes/fcn_hrnet48_pixel_release_40k"

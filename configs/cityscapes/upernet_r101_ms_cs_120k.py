@@ -8,5 +8,5 @@ from ..common.contrast.ms_cs import ms_cs as _contrast
 from .upernet_r101_base_120k import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _contrast
-model.contrast.sampler.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
+model.contrast.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
 train.output_dir = "output/cityscapes/upernet_r101_ms_cs_120k"

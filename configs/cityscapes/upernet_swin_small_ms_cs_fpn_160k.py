@@ -16,5 +16,5 @@ from .upernet_swin_small_base_160k import (
 )
 
 model.contrast = _contrast
-model.contrast.sampler.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
+model.contrast.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
 train.output_dir = "output/cityscapes/upernet_swin_small_ms_cs_fpn_160k"

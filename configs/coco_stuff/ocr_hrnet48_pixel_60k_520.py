@@ -16,6 +16,6 @@ from ..common.contrast.taps import tap as _tap
 from .ocr_hrnet48_base_60k_520 import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _tap(_pixel, "concat", _joined("concat"))
-model.contrast.sampler.max_anchors = 40_000  # 50 of each class on each of four GPUs
+model.contrast.max_anchors = 40_000  # 50 of each class on each of four GPUs
 model.contrast.temperature = 0.07
 train.output_dir = "output/coco_stuff/ocr_hrnet48_pixel_60k_520"

@@ -12,7 +12,7 @@ from detectron2.solver.build import get_default_optimizer_params
 from fvcore.common.param_scheduler import StepWithFixedGammaParamScheduler
 from torch.optim import SGD, Adam, AdamW
 
-from contrast_d2.solver import optimizer_params, poly_schedule
+from contrast_d2.config.solver import optimizer_params, poly_schedule
 
 sgd = L(SGD)(
     params=L(get_default_optimizer_params)(),  # the model is filled in by the trainer

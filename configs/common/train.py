@@ -4,6 +4,9 @@ The first ones are those of detectron2's own `configs/common/train.py`.
 """
 
 import torch
+from detectron2.config import LazyCall as L
+
+from contrast_d2.studio.dashboard import Dashboard
 
 train = dict(
     output_dir="output",
@@ -44,8 +47,13 @@ train = dict(
     # Weights and feature maps in the memory format that tensor cores take; results to rounding.
     channels_last=False,
     # Pictures of what the contrast samples, for TensorBoard and in output_dir/dashboard, every so
-    # many iterations; 0 for none.
-    dashboard_period=500,
+    # many iterations; None for none.
+    dashboard=L(Dashboard)(
+        period=500,
+        output_dir="${train.output_dir}",
+        dataset="${dataset.train}",
+        image_format="${oc.select:dataloader.train.mapper.image_format,RGB}",
+    ),
     # Besides log, metrics.json and TensorBoard: "wandb", "mlflow".
     writers=[],
     # What model_best.pth is chosen by.

@@ -16,5 +16,5 @@ from ..common.contrast.ms_cs import ms_cs as _contrast
 from .fcn_hrnet48_base_62k import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _contrast
-model.contrast.sampler.max_anchors = 40_000  # the paper's 10,000 on each of four GPUs
+model.contrast.max_anchors = 40_000  # the paper's 10,000 on each of four GPUs
 train.output_dir = "output/pascal_context/fcn_hrnet48_ms_cs_62k"

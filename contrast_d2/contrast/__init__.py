@@ -3,27 +3,38 @@
 from .boundary import BoundaryNegatives, boundary_negatives, squared_distance_to_other
 from .composition import ContrastSum
 from .contextual import Contextrast
-from .gather import gather_embeddings, gather_pixels
+from .contextual_plus import ContextrastPlus
 from .hard_sampling import HardAnchorSampler
-from .info_nce import info_nce
 from .inspection import DrawnPixels, Inspection, Similarities
-from .memory import MemoryBank
-from .method import ContrastMethod, Warmup
+from .memory import AnchorMemory, MemoryBank
+from .method import ContrastMethod
 from .multiscale import MultiScaleContrast
-from .output import ContrastOutput
-from .pairs import RolePairs, SemiHardPairs
+from .pairs import SemiHardPairs
 from .pixel import PixelContrast
 from .pne import PNE
+from .presets import contextrast, ms_cs, ms_cs_release, pixel_contrast, pixel_contrast_release, pne
 from .projector import MultiScaleProjector, Projector
-from .sampling import BalancedSampler, PixelDraw, downsample_labels, predicted_labels
-from .statistics import ClassSums, SimilarityStatistics, class_sums, similarity_statistics
+from .sampling import BalancedSampler, Batch, Sampler, downsample_labels
+from .sets import (
+    ClassSums,
+    PixelDraw,
+    PixelSet,
+    class_sums,
+    gather_embeddings,
+    gather_pixels,
+    mean_similarities,
+)
+from .terms import ContrastOutput, OwnTerm, Side, Term, evaluate, info_nce
 
 __all__ = [
     "PNE",
+    "AnchorMemory",
     "BalancedSampler",
+    "Batch",
     "BoundaryNegatives",
     "ClassSums",
     "Contextrast",
+    "ContextrastPlus",
     "ContrastMethod",
     "ContrastOutput",
     "ContrastSum",
@@ -33,21 +44,29 @@ __all__ = [
     "MemoryBank",
     "MultiScaleContrast",
     "MultiScaleProjector",
+    "OwnTerm",
     "PixelContrast",
     "PixelDraw",
+    "PixelSet",
     "Projector",
-    "RolePairs",
+    "Sampler",
     "SemiHardPairs",
+    "Side",
     "Similarities",
-    "SimilarityStatistics",
-    "Warmup",
+    "Term",
     "boundary_negatives",
     "class_sums",
+    "contextrast",
     "downsample_labels",
+    "evaluate",
     "gather_embeddings",
     "gather_pixels",
     "info_nce",
-    "predicted_labels",
-    "similarity_statistics",
+    "mean_similarities",
+    "ms_cs",
+    "ms_cs_release",
+    "pixel_contrast",
+    "pixel_contrast_release",
+    "pne",
     "squared_distance_to_other",
 ]

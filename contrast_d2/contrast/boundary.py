@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .sampling import PixelDraw
+from .sampling import Batch
+from .sets import PixelDraw
 
 ErrorMap = Literal["false_negatives", "false_positives"]
 
@@ -217,7 +218,14 @@ class BoundaryNegatives:
         self.fraction = fraction
         self.max_negatives = max_negatives
 
-    @torch.compiler.disable
+    def draw(self, batch: Batch, features: Sequence[str]) -> list[PixelDraw]:
+        """As in `Sampler`."""
+        return self(
+            [batch.label_map(feature) for feature in features],
+            [batch.predictions(feature) for feature in features],
+            batch.generator,
+        )
+
     @torch.no_grad()
     def __call__(
         self,
@@ -265,15 +273,15 @@ class BoundaryNegatives:
             2**62, selected_N.shape, generator=generator, device=selected_N.device
         )
         capacity = min(self.max_negatives, len(selected_N))
-        place_A = torch.where(selected_N, random_N, -1).topk(capacity).indices
+        index_A = torch.where(selected_N, random_N, -1).topk(capacity).indices
         classes_A = torch.where(
-            selected_N[place_A], pixels.region.flatten()[place_A], self.num_classes
+            selected_N[index_A], pixels.region.flatten()[index_A], self.num_classes
         )
-        image_A = place_A.div(num_pixels, rounding_mode="floor")
-        classes_A, image_A, place_A = (
-            x[(classes_A * num_images + image_A).argsort()] for x in (classes_A, image_A, place_A)
+        image_A = index_A.div(num_pixels, rounding_mode="floor")
+        classes_A, image_A, index_A = (
+            x[(classes_A * num_images + image_A).argsort()] for x in (classes_A, image_A, index_A)
         )
-        return PixelDraw(image_A, place_A - image_A * num_pixels, classes_A, None)
+        return PixelDraw(image_A, index_A - image_A * num_pixels, classes_A, None)
 
 
 def _class_counts(classes: Tensor, num_classes: int) -> Tensor:

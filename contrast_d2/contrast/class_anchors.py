@@ -1,7 +1,7 @@
 """Class means as anchors, and the loss of pixels against them.
 
-Shape letters: I layers, B images, K classes, D embedding width, H W the labels' size, h w a feature
-map, P its pixels, W processes.
+Shape letters: I layers, B images, K classes, D embedding width, h w a feature map, P its pixels,
+W processes.
 """
 
 from __future__ import annotations
@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
-from .distributed import gather_rows, world_size
-from .sampling import downsample_labels
+from .sampling import Batch
+from .sets import at_least_fp32, refuse_second_derivative, squared_lengths
 
 
 class LayerPixels(NamedTuple):
@@ -27,13 +26,11 @@ class LayerPixels(NamedTuple):
             columns of products are multiplied by `inverse_lengths`, which spares a copy of the map.
         inverse_lengths: (B, P).
         of_class: (B, K, P) bool, whether the pixel's label is the class; nowhere for ignored ones.
-        label_map: (B, h, w).
     """
 
     vectors: Tensor
     inverse_lengths: Tensor
     of_class: Tensor
-    label_map: Tensor
 
 
 class ClassMeans(NamedTuple):
@@ -42,7 +39,7 @@ class ClassMeans(NamedTuple):
     Attributes:
         means: (I, K, D); zero where there is no pixel.
         counts: (I, K) number of pixels, as floats.
-        exists: (I, K) bool, whether the layer has enough pixels of the class.
+        exists: (I, K) bool, whether the layer has a pixel of the class.
     """
 
     means: Tensor
@@ -50,22 +47,12 @@ class ClassMeans(NamedTuple):
     exists: Tensor
 
 
-def layer_pixels(embeddings: Tensor, labels: Tensor, num_classes: int) -> LayerPixels:
-    """Brings embeddings and labels together.
-
-    Args:
-        embeddings: (B, D, h, w), not normalised.
-        labels: (B, H, W) integers at full resolution; others than 0..K-1 are ignored.
-        num_classes: K.
-    """
-    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
-    vectors = embeddings.flatten(2).to(dtype)
-    inverse_lengths = _InverseLengths.apply(vectors)
-    label_map = downsample_labels(labels, embeddings.shape[-2:])
-    classes = torch.arange(num_classes, device=labels.device)[:, None]
-    return LayerPixels(
-        vectors, inverse_lengths, label_map.flatten(1)[:, None] == classes, label_map
-    )
+def layer_pixels(embeddings: Tensor, label_map: Tensor, num_classes: int) -> LayerPixels:
+    """Brings embeddings (B, D, h, w), not normalised, and their labels (B, h, w) together."""
+    vectors = at_least_fp32(embeddings.flatten(2))
+    classes = torch.arange(num_classes, device=label_map.device)[:, None]
+    of_class = label_map.flatten(1)[:, None] == classes
+    return LayerPixels(vectors, _InverseLengths.apply(vectors), of_class)
 
 
 class _InverseLengths(Function):
@@ -74,11 +61,7 @@ class _InverseLengths(Function):
 
     @staticmethod
     def forward(ctx, vectors: Tensor) -> Tensor:
-        # On a CPU, whose cache holds the squares of a few planes.
-        planes = 16 if vectors.device.type == "cpu" else vectors.shape[1]
-        squares = vectors.new_zeros(vectors.shape[0], vectors.shape[2])
-        for part in vectors.split(planes, dim=1):
-            squares += part.square().sum(dim=1)
+        squares = squared_lengths(vectors)
         regular = squares > 1e-24
         inverse = squares.clamp_(min=1e-24).rsqrt_()
         ctx.save_for_backward(vectors, inverse, regular)
@@ -86,38 +69,24 @@ class _InverseLengths(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "Contextrast cannot be differentiated twice: leave out create_graph."
-            )
+        refuse_second_derivative("Contextrast")
         vectors, inverse, regular = ctx.saved_tensors
         factor = torch.where(regular, -(inverse**3) * grad, 0)
         return vectors * factor[:, None]
 
 
-def class_means(
-    layers: Sequence[LayerPixels], *, min_pixels: int = 1, across_processes: bool = False
-) -> ClassMeans:
-    """Means of the unit embeddings of each class.
-
-    Args:
-        layers: I layers of the same images.
-        min_pixels: least pixels with which a class exists at a layer.
-        across_processes: over the images of all processes; gradients flow back to each. Every
-            process has to call it, and to run its backward pass.
-    """
+def class_means(layers: Sequence[LayerPixels], batch: Batch) -> ClassMeans:
+    """Means of the unit embeddings of each class at all layers of a batch."""
     sums, counts = [], []
     for pixels in layers:
         weights_BKP = pixels.of_class * pixels.inverse_lengths[:, None]
         sums.append((weights_BKP @ pixels.vectors.mT).sum(dim=0))
         counts.append(pixels.of_class.sum(dim=(0, 2)))
     sums_IKD = torch.stack(sums)
-    counts_IK = torch.stack(counts).to(sums_IKD.dtype)
-    if across_processes and world_size() > 1:
-        both = of_all_processes(torch.cat([sums_IKD, counts_IK[..., None]], dim=-1)).sum(dim=0)
-        sums_IKD, counts_IK = both[..., :-1], both[..., -1].detach()
-    means_IKD = sums_IKD / counts_IK.clamp(min=1)[..., None]
-    return ClassMeans(means_IKD, counts_IK, counts_IK >= min_pixels)
+    counts_IK1 = torch.stack(counts).to(sums_IKD.dtype)[..., None]
+    both = batch.of_all_processes(torch.cat([sums_IKD, counts_IK1], dim=-1)).sum(dim=0)
+    sums_IKD, counts_IK = both[..., :-1], both[..., -1].detach()
+    return ClassMeans(sums_IKD / counts_IK.clamp(min=1)[..., None], counts_IK, counts_IK > 0)
 
 
 def prioritised_anchors(anchors_IKD: Tensor, exists_IK: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,6 +98,16 @@ def prioritised_anchors(anchors_IKD: Tensor, exists_IK: Tensor) -> tuple[Tensor,
     deepest_K = (exists_IK * depth).amax(dim=0)
     layer = (deepest_K - 1).clamp(min=0)[None, :, None].expand(1, -1, anchors_IKD.shape[2])
     return anchors_IKD.gather(0, layer)[0], deepest_K > 0
+
+
+def log_sum_of_negatives(logits: Tensor, negative: Tensor) -> Tensor:
+    """(K,) log-sum-exps over the negatives (B, K, P) of each class; about -1e38 without any.
+
+    Finite, so that the log-sum-exp over no negatives has a gradient of 0 and not one that depends
+    on how -inf - -inf is treated.
+    """
+    least = torch.finfo(logits.dtype).min
+    return torch.where(negative, logits, least).logsumexp(dim=(0, 2))
 
 
 def pixel_anchor_loss(
@@ -155,12 +134,3 @@ def pixel_anchor_loss(
     weight_BP = torch.where(of_class, weights[:, None], 0).sum(dim=1)
     # The threshold is where softplus(x) = x to the last bit of float64 as well.
     return (F.softplus(gap_BP, threshold=40) * weight_BP).sum()
-
-
-def of_all_processes(values: Tensor) -> Tensor:
-    """(W, ...) values of all processes in the order of ranks; gradients flow back to them."""
-    parts = gather_rows(values.reshape(1, -1), [1] * world_size())
-    rank = dist.get_rank()
-    # From own values first to one order for all, so that sums are equal to the last bit.
-    parts = torch.cat([parts[1 : rank + 1], parts[:1], parts[rank + 1 :]])
-    return parts.view(-1, *values.shape)

@@ -1,12 +1,22 @@
-"""What Contextrast++ adds to the anchors of Contextrast: a learned fusion and a memory of anchors.
+"""Contextrast++ (Sung et al., 2026): Contextrast with a learned fusion and a memory of anchors.
 
-Shape letters: I layers, K classes, D embedding width, M anchors kept per class, W processes.
+Shape letters: I layers, K classes, D embedding width.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+
+from .class_anchors import ClassMeans, prioritised_anchors
+from .contextual import Contextrast
+from .memory import AnchorMemory
+from .projector import MultiScaleProjector
+from .sampling import Batch
+from .sets import PixelSet, gather_parts
+from .terms import OwnTerm, Side, Term
 
 
 class AnchorAttention(nn.Module):
@@ -93,87 +103,77 @@ class AdaptiveFusion(nn.Module):
         return torch.stack(mixed) if mixed else anchors
 
 
-class AnchorMemory(nn.Module):
-    """The last anchors of each class, first in, first out.
+class ContextrastPlus(Contextrast):
+    """Contextrast++: learned mixtures of anchors, and a memory of past ones.
 
-    Pointers and fill counts are buffers like the anchors, so a resumed run continues with the same
-    memory. Slots that were never filled hold no class.
+    `AdaptiveFusion` mixes the anchors, and one more term, `loss_contrast_anchors`, contrasts the
+    current anchor of each class, from the deepest layer where it exists, with those of past steps.
+    The paper does not state the form of this InfoNCE; ours is that of `terms`, and its weight that
+    of the others. The memory receives the anchors of all processes.
 
     Args:
-        num_classes: K.
-        embed_dim: D.
-        size: M, anchors kept per class.
+        projector, num_classes, layers, weight, temperature, warmup_iters, across_processes: as in
+            `Contextrast`; the paper has 0.3 at the second of four layers.
+        deepest_weight: weight of the deepest anchors at initialisation.
+        anchor_memory: anchors kept per class.
 
-    Raises:
-        ValueError: a size below 1.
-
-    Reference: Sung et al., "Contextrast++", arXiv 2608.22679, section III; size 100 there.
+    Reference: Sung et al., "Contextrast++", arXiv 2608.22679, section III, equations (1) to (6) and
+        (12) to (14).
     """
 
-    def __init__(self, num_classes: int, embed_dim: int, size: int = 100) -> None:
-        super().__init__()
-        if size < 1:
-            raise ValueError(f"AnchorMemory(size={size}): needs at least 1 anchor per class.")
-        self.size = size
-        self.anchors: Tensor
-        self.pointers: Tensor
-        self.fills: Tensor
-        self.register_buffer("anchors", torch.zeros(num_classes, size, embed_dim))
-        self.register_buffer("pointers", torch.zeros(num_classes, dtype=torch.int64))
-        self.register_buffer("fills", torch.zeros(num_classes, dtype=torch.int64))
+    def __init__(
+        self,
+        projector: MultiScaleProjector,
+        num_classes: int,
+        *,
+        layers: Mapping[str, float],
+        weight: float = 0.1,
+        temperature: float = 0.1,
+        deepest_weight: float = 0.5,
+        anchor_memory: int = 100,
+        warmup_iters: int = 0,
+        across_processes: bool = False,
+    ) -> None:
+        if len(layers) == 1:
+            raise ValueError(f"layers={list(layers)}: a mixture needs another layer.")
+        super().__init__(
+            projector,
+            num_classes,
+            layers=layers,
+            weight=weight,
+            temperature=temperature,
+            deepest_weight=deepest_weight,
+            warmup_iters=warmup_iters,
+            across_processes=across_processes,
+        )
+        self.names = (*self.names, "anchors")
+        self.fusion = AdaptiveFusion(projector.embed_dim, len(layers) - 1, deepest_weight)
+        self.memory = AnchorMemory(num_classes, projector.embed_dim, anchor_memory)
 
-    def contrast_set(self) -> tuple[Tensor, Tensor]:
-        """As many anchors of each class as the least filled class has, the newest ones.
+    def mix(self, means: ClassMeans) -> Tensor:
+        return self.fusion(means.means[:-1], means.means[-1], means.exists[:-1], means.exists[-1])
 
-        Classes that have none do not count. That the numbers are equal is the paper's; it does not
-        state which anchors are taken; ours: the newest, as they are nearest to the current weights.
-
-        Returns:
-            (K * M, D) anchors, to be used before others are written, and (K * M,) int64 classes, -1
-            for slots that are not taken.
-        """
-        filled = self.fills > 0
-        number = self.fills.masked_fill(~filled, self.size).amin()
-        slots = torch.arange(self.size, device=self.fills.device)
-        age_KM = (self.pointers[:, None] - 1 - slots) % self.size
-        taken_KM = (age_KM < number) & filled[:, None]
-        classes = torch.arange(len(self.fills), device=self.fills.device)
-        labels_KM = torch.where(taken_KM, classes[:, None], -1)
-        return self.anchors.flatten(0, 1), labels_KM.flatten()
-
-    def fill_by_class(self) -> Tensor:
-        """Share of the slots of each class that are filled, (K,)."""
-        return self.fills / self.size
+    def terms(self, batch: Batch) -> list[Term | OwnTerm]:
+        """One term for each layer, and one for the anchors."""
+        with torch.autocast(batch.labels.device.type, enabled=False):
+            layers, means, anchors_IKD = self.class_anchors(batch)
+            terms = self.pixel_anchor_terms(batch, layers, means, anchors_IKD)
+            anchors = self._current(means, anchors_IKD)
+        past = Side(self.memory.contrast_set())
+        return [*terms, Term("anchors", anchors, [past], self.temperature, self.weight)]
 
     @torch.no_grad()
-    def push(self, anchors: Tensor, exists: Tensor) -> None:
-        """Writes new anchors over the oldest ones.
+    def remember(self, batch: Batch) -> None:
+        """Stores the current anchors in the memory."""
+        with torch.autocast(batch.labels.device.type, enabled=False):
+            _, means, anchors_IKD = self.class_anchors(batch)
+            anchors = self._current(means, anchors_IKD)
+        parts = [[anchors.embeddings], [anchors.labels]]
+        if not self.across_processes:  # where all processes have the same anchors
+            parts = gather_parts(anchors.embeddings, anchors.labels)
+        self.memory.push(*(torch.cat(x) for x in parts))
 
-        Args:
-            anchors: (W, K, D), those of a later row count as newer.
-            exists: (W, K) bool; other anchors are not written, nor those that are not finite.
-
-        Raises:
-            ValueError: more anchors per class than the memory keeps.
-        """
-        if len(anchors) > self.size:
-            raise ValueError(
-                f"{len(anchors)} processes push an anchor per class at once into a memory of "
-                f"{self.size}: set its size to {len(anchors)} or more."
-            )
-        # An overflow of mixed precision costs one step; in the memory it would spoil a hundred.
-        exists = exists & anchors.isfinite().all(dim=2)
-        # For each class those that exist, in their order, then the rest, whose slots keep what
-        # they hold. Every row has a slot of its own.
-        order_WK = (~exists).to(torch.uint8).argsort(dim=0, stable=True)
-        exists_WK = exists.gather(0, order_WK)
-        anchors = anchors.gather(0, order_WK[:, :, None].expand_as(anchors))
-        classes = torch.arange(len(self.fills), device=self.fills.device)
-        offsets = torch.arange(len(anchors), device=self.fills.device)
-        slots_WK = (self.pointers + offsets[:, None]) % self.size
-        self.anchors[classes, slots_WK] = torch.where(
-            exists_WK[:, :, None], anchors.to(self.anchors.dtype), self.anchors[classes, slots_WK]
-        )
-        number_K = exists.sum(dim=0)
-        self.pointers.copy_((self.pointers + number_K) % self.size)
-        self.fills.copy_((self.fills + number_K).clamp(max=self.size))
+    def _current(self, means: ClassMeans, anchors_IKD: Tensor) -> PixelSet:
+        anchors_KD, exists_K = prioritised_anchors(anchors_IKD, means.exists)
+        classes = torch.arange(self.num_classes, device=exists_K.device)
+        return PixelSet(anchors_KD, torch.where(exists_K, classes, -1))

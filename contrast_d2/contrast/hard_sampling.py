@@ -12,10 +12,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .distributed import process_share, quotas_of_all
-from .sampling import Balance, PixelDraw, draw_pixels, share_equally, sort_pixels
+from .sampling import (
+    Balance,
+    Batch,
+    budget_of_process,
+    draw_pixels,
+    quotas_of_process,
+    share_equally,
+    sort_pixels,
+)
+from .sets import PixelDraw
 
-Rest = Literal["random", "easy"]
+Fill = Literal["random", "easy"]
 
 # Least anchors of a unit of balance: a positive pair.
 _LEAST_PER_GROUP = 2
@@ -29,27 +37,16 @@ class HardAnchorSampler:
 
         n = min(max_per_group, max(max_anchors // N, 2), its pixels)
 
-    anchors, of which n * `hard_share`, rounded, are hard: a half is rounded up, so that a single
-    anchor is a hard one. A unit that has fewer wrong pixels gives them all. The rest come from
+    anchors, of which n * `hard_share`, rounded half up, are hard; a unit that has fewer wrong
+    pixels gives them all. The others come from
 
-    * `rest="random"` (the paper): all its other pixels, wrong ones too;
-    * `rest="easy"` (the release): its rightly predicted pixels. Where these are too few, further
-      hard ones take their place.
+    * `fill_from="random"` (the paper): all its other pixels, wrong ones too;
+    * `fill_from="easy"` (the official code): its rightly predicted pixels. Where these are too few,
+      there are more hard ones instead.
 
-    With `balance="class"` the hard anchors of a class, and the rest of them, are shared as equally
-    as their pixel counts allow among the images. The paper does not state how a class's anchors
-    are spread over images.
-
-    The form of the paper is the default. That of the release is `balance="image_class",
-    max_anchors=1024, max_per_group=100, min_pixels=101, rest="easy"`; only odd n differ, of which
-    it rounds the hard half down, and more than 512 units, to which it gives a single anchor and
-    then none. Here they give two each, more than `max_anchors` in all.
-
-    `max_anchors` is for the batch of all processes together, and each process applies an equal
-    share of it to its own images; the release's number is that of one process. With
-    `across_processes` the units of balance are those of the global batch, and each process draws
-    the share of its own images. The host waits for the device once per call, to learn how many
-    anchors there are.
+    With `balance="class"` the anchors of a class are shared as equally as the pixel counts allow
+    among the images. `max_anchors` is shared by processes as in `BalancedSampler`. The host waits
+    for the device once per call, to learn how many pixels are drawn.
 
     Args:
         num_classes: K.
@@ -59,8 +56,7 @@ class HardAnchorSampler:
         max_per_group: most anchors per class (or pair). The paper draws 50 per class.
         min_pixels: classes (or pairs) with fewer pixels at a scale are not drawn at that scale.
         hard_share: of the anchors, in 0..1.
-        rest: where the other anchors come from.
-        across_processes: balance the global batch, not the images of each process.
+        fill_from: where the other anchors come from.
 
     Raises:
         ValueError: an argument out of its range.
@@ -78,13 +74,12 @@ class HardAnchorSampler:
         max_per_group: int = 50,
         min_pixels: int = 1,
         hard_share: float = 0.5,
-        rest: Rest = "random",
-        across_processes: bool = False,
+        fill_from: Fill = "random",
     ) -> None:
         if balance not in ("class", "image_class"):
             raise ValueError(f"balance={balance!r}: choose 'class' or 'image_class'.")
-        if rest not in ("random", "easy"):
-            raise ValueError(f"rest={rest!r}: choose 'random' or 'easy'.")
+        if fill_from not in ("random", "easy"):
+            raise ValueError(f"fill_from={fill_from!r}: choose 'random' or 'easy'.")
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes}: needs at least 1.")
         if max_anchors < _LEAST_PER_GROUP * num_classes:
@@ -104,8 +99,16 @@ class HardAnchorSampler:
         self.max_per_group = max_per_group
         self.min_pixels = min_pixels
         self.hard_share = hard_share
-        self.rest = rest
-        self.across_processes = across_processes
+        self.fill_from = fill_from
+
+    def draw(self, batch: Batch, features: Sequence[str]) -> list[PixelDraw]:
+        """As in `Sampler`."""
+        return self(
+            [batch.label_map(feature) for feature in features],
+            [batch.predictions(feature) for feature in features],
+            batch.generator,
+            batch.across_processes,
+        )
 
     @torch.no_grad()
     def __call__(
@@ -113,6 +116,7 @@ class HardAnchorSampler:
         label_maps: Sequence[Tensor],
         prediction_maps: Sequence[Tensor],
         generator: torch.Generator | None = None,
+        across_processes: bool = False,
     ) -> list[PixelDraw]:
         """Draws anchors at every scale.
 
@@ -121,6 +125,7 @@ class HardAnchorSampler:
                 outside 0..K-1 is ignored.
             prediction_maps: S integer maps (B, h, w) of predicted classes.
             generator: source of the draw, on the labels' device; None for the default one.
+            across_processes: balance the global batch; every process has to make the call.
 
         Returns:
             S draws, without repeated pixels; within a class and an image the hard quota comes
@@ -135,55 +140,54 @@ class HardAnchorSampler:
                     f"a prediction map {tuple(predictions.shape)} with a label map "
                     f"{tuple(labels.shape)}: resize both to the feature map."
                 )
-        right = [
-            labels == predictions
-            for labels, predictions in zip(label_maps, prediction_maps, strict=True)
-        ]
+        pairs = list(zip(label_maps, prediction_maps, strict=True))
+        right = [labels == predictions for labels, predictions in pairs]
+        budget = budget_of_process(self.max_anchors, across_processes)
         pixels = sort_pixels(label_maps, self.num_classes, halves=right)
-        counts = pixels.counts.unflatten(2, (-1, 2))
-        if self.across_processes:
-            quotas = quotas_of_all(counts, self._quotas)
-        else:
-            quotas = self._quotas(counts)
-        return draw_pixels(
+        quotas = quotas_of_process(
+            pixels.counts.unflatten(2, (-1, 2)),
+            lambda counts: self._quotas(counts, budget),
+            across_processes,
+        )
+        draws = draw_pixels(
             label_maps,
             pixels,
             quotas.flatten(2),
-            [self._capacity(label_map) for label_map in label_maps],
+            [self._capacity(label_map, budget) for label_map in label_maps],
             generator,
-            from_remainder=self.rest == "random",
+            from_remainder=self.fill_from == "random",
         )
+        return [
+            draw._replace(wrong=~is_right.flatten(1)[draw.image, draw.pixel])
+            for draw, is_right in zip(draws, right, strict=True)
+        ]
 
-    def _capacity(self, label_map: Tensor) -> int:
-        """The most anchors that the budgets allow."""
+    def _capacity(self, label_map: Tensor, budget: int) -> int:
+        """The most anchors that the budget allows."""
         units = self.num_classes * (1 if self.balance == "class" else len(label_map))
-        return min(max(self._budget(), _LEAST_PER_GROUP * units), label_map.numel())
+        return min(max(budget, _LEAST_PER_GROUP * units), label_map.numel())
 
-    def _budget(self) -> int:
-        """Most anchors per scale of the images that are balanced together."""
-        return self.max_anchors if self.across_processes else process_share(self.max_anchors)
-
-    def _quotas(self, counts: Tensor) -> Tensor:
-        """(S, K, B, 2) numbers of wrong and right pixels -> quotas of hard anchors and the rest."""
+    def _quotas(self, counts: Tensor, budget: int) -> Tensor:
+        """(S, K, B, 2) numbers of wrong and right pixels -> quotas of hard anchors and others."""
         per_class = self.balance == "class"
         wrong, right = (counts.sum(dim=2, keepdim=True) if per_class else counts).unbind(dim=3)
-        wanted = self._wanted(wrong + right)
+        wanted = self._wanted(wrong + right, budget)
         hard = (wanted.double() * self.hard_share + 0.5).long()
-        if self.rest == "easy":
+        if self.fill_from == "easy":
             hard = hard.maximum(wanted - right)
         hard = hard.minimum(wrong)
-        rest = wanted - hard
+        others = wanted - hard
         if per_class:
             wrong, right = counts.unbind(dim=3)
             hard = share_equally(wrong, hard.squeeze(2))
-            left = right if self.rest == "easy" else wrong + right - hard
-            rest = share_equally(left, rest.squeeze(2))
-        return torch.stack([hard, rest], dim=3)
+            left = right if self.fill_from == "easy" else wrong + right - hard
+            others = share_equally(left, others.squeeze(2))
+        return torch.stack([hard, others], dim=3)
 
-    def _wanted(self, counts: Tensor) -> Tensor:
+    def _wanted(self, counts: Tensor, budget: int) -> Tensor:
         """Anchors of each unit of balance: (S, ...) sizes -> (S, ...)."""
         eligible = counts >= self.min_pixels
         num_eligible = eligible.sum(dim=(1, 2), keepdim=True)
-        target = self._budget() // num_eligible.clamp(min=1)
+        target = budget // num_eligible.clamp(min=1)
         target = target.clamp(min=_LEAST_PER_GROUP).clamp(max=self.max_per_group)
         return counts.minimum(target).masked_fill(~eligible, 0)

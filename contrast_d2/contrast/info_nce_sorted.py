@@ -1,7 +1,7 @@
 """The InfoNCE on a CPU: samples in the order of their classes, exponentials kept while they fit.
 
-The equations are those of `info_nce`. In the order of classes the positives of an anchor are one
-run of columns and its negatives all others, so that no pair of samples needs a mask. Embeddings
+The equations are those of `terms`. In the order of classes the positives of an anchor are one
+range of columns and its negatives all others, so that no pair of samples needs a mask. Embeddings
 are unit vectors and the temperature is not too low (`is_exact`), so that no exponential needs a
 shift, and e^(n_i - s_ij) is the product of e^n_i and e^(-s_ij).
 
@@ -23,16 +23,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .kernel_result import KernelResult
-
-Products = Literal["fp32", "bf16"]
+from .sets import KernelResult, PixelSet
 
 # Rows and columns of a tile: large enough for full speed of the products, small enough for a tile
 # to stay in a core's cache while it is worked on.
@@ -64,41 +61,35 @@ def is_exact(temperature: float, num_contrast: int) -> bool:
 
 
 def sorted_info_nce(
-    anchors: Tensor,
-    labels: Tensor,
-    contrast: Tensor | None,
-    contrast_labels: Tensor | None,
+    anchors: PixelSet,
+    contrast: PixelSet | None,
     *,
     temperature: float,
-    anchors_lead_contrast: bool,
+    holds_anchors: bool,
     needs_gradient: tuple[bool, bool],
-    products: Products,
-    class_counts: Sequence[int] | None,
-    contrast_class_counts: Sequence[int] | None,
 ) -> KernelResult:
     """Value and gradient of the InfoNCE on the CPU.
 
     Args:
-        anchors, labels, contrast, contrast_labels: fp32 or fp64 unit vectors (A, D), (C, D) with
-            their labels, as in `info_nce`.
+        anchors, contrast: fp32 or fp64; None contrasts the anchors with each other.
         temperature: `is_exact` for it.
-        anchors_lead_contrast, products, class_counts, contrast_class_counts: as in `info_nce`.
-        needs_gradient: whether to compute the gradients of anchors and of contrast.
+        holds_anchors: as in `Term`.
+        needs_gradient: of anchors, of contrast.
     """
-    own = _order_by_class(anchors, labels, class_counts)
-    if contrast is None or contrast_labels is None:
-        among = _AmongThemselves(own, temperature, needs_gradient[0], products)
+    own = _order_by_class(anchors)
+    if contrast is None:
+        among = _AmongThemselves(own, temperature, needs_gradient[0])
         among.run()
-        gradient = _scatter(among.gradient, own.order, anchors) if needs_gradient[0] else None
+        gradient = _scatter(among.gradient, own, anchors) if needs_gradient[0] else None
         return KernelResult(_total(among.losses), among.num_valid, gradient, None)
-    other = _order_by_class(contrast, contrast_labels, contrast_class_counts)
-    against = _AgainstSet(own, other, temperature, needs_gradient, products)
-    against.run(own_columns=_own_columns(own, other) if anchors_lead_contrast else None)
+    other = _order_by_class(contrast)
+    against = _AgainstSet(own, other, temperature, needs_gradient)
+    against.run(own_columns=_own_columns(own, other) if holds_anchors else None)
     return KernelResult(
         _total(against.losses),
         against.num_valid,
-        _scatter(against.d_anchors, own.order, anchors) if needs_gradient[0] else None,
-        _scatter(against.d_contrast, other.order, contrast) if needs_gradient[1] else None,
+        _scatter(against.d_anchors, own, anchors) if needs_gradient[0] else None,
+        _scatter(against.d_contrast, other, contrast) if needs_gradient[1] else None,
     )
 
 
@@ -107,12 +98,12 @@ def _total(losses: Tensor) -> Tensor:
     return losses.sum(dtype=torch.float64)
 
 
-class _Samples(NamedTuple):
-    """Samples in the order of their classes, without those of negative label.
+class _Ordered(NamedTuple):
+    """The rows of a set in the order of their classes, without those of negative label.
 
     Attributes:
         rows: (N, D).
-        order: (N,) int64, where each row stands in the input; None where the input was in order.
+        order: (N,) int64, index of each row in the set; None where the set was in order.
         classes: (k,) the classes that occur, ascending.
         starts: (k + 1,) first row of each class, and N.
     """
@@ -123,25 +114,23 @@ class _Samples(NamedTuple):
     starts: np.ndarray
 
 
-def _order_by_class(
-    embeddings: Tensor, labels: Tensor, class_counts: Sequence[int] | None
-) -> _Samples:
-    if class_counts is not None:
-        counts = np.asarray(class_counts)
+def _order_by_class(samples: PixelSet) -> _Ordered:
+    rows = samples.embeddings
+    if samples.class_counts is not None:
+        counts = np.asarray(samples.class_counts)
         classes = np.flatnonzero(counts)
-        starts = np.concatenate([[0], np.cumsum(counts[classes])])
-        return _Samples(embeddings, None, classes, starts)
-    values = labels.numpy()
+        return _Ordered(rows, None, classes, np.concatenate([[0], np.cumsum(counts[classes])]))
+    values = samples.labels.numpy()
     order = np.argsort(values, kind="stable")
     order = order[np.searchsorted(values[order], 0) :]
     classes, firsts = np.unique(values[order], return_index=True)
     starts = np.append(firsts, len(order))
     if len(order) == len(values) and (np.diff(order) == 1).all():
-        return _Samples(embeddings, None, classes, starts)
-    return _Samples(embeddings[torch.from_numpy(order)], order, classes, starts)
+        return _Ordered(rows, None, classes, starts)
+    return _Ordered(rows[torch.from_numpy(order)], order, classes, starts)
 
 
-def _own_columns(anchors: _Samples, contrast: _Samples) -> np.ndarray:
+def _own_columns(anchors: _Ordered, contrast: _Ordered) -> np.ndarray:
     """(A,) where each anchor stands among the ordered contrast samples that it leads."""
     source = np.arange(len(anchors.rows)) if anchors.order is None else anchors.order
     if contrast.order is None:
@@ -151,11 +140,12 @@ def _own_columns(anchors: _Samples, contrast: _Samples) -> np.ndarray:
     return columns[source]
 
 
-def _scatter(gradient: Tensor, order: np.ndarray | None, like: Tensor) -> Tensor:
-    """Brings the gradient of ordered rows into the order of the input."""
-    if order is None:
+def _scatter(gradient: Tensor, ordered: _Ordered, samples: PixelSet) -> Tensor:
+    """Brings the gradient of ordered rows into the order of the set."""
+    if ordered.order is None:
         return gradient
-    return torch.zeros_like(like).index_copy_(0, torch.from_numpy(order), gradient)
+    whole = torch.zeros_like(samples.embeddings)
+    return whole.index_copy_(0, torch.from_numpy(ordered.order), gradient)
 
 
 class _Block(NamedTuple):
@@ -233,9 +223,9 @@ class _Positives(NamedTuple):
     """Where the positives of the anchors of a mixed block stand.
 
     Attributes:
-        columns: (R, P) int64; surplus places repeat the first one, which is no negative as long as
+        columns: (R, P) int64; surplus entries repeat the first one, which is no negative as long as
             there is a positive.
-        present: (R, P) 1 for a positive, 0 for a surplus place and for the anchor itself.
+        present: (R, P) 1 for a positive, 0 for a surplus entry and for the anchor itself.
         weights: (R, 1) one over the number of positives; 1 where there are none.
     """
 
@@ -245,19 +235,19 @@ class _Positives(NamedTuple):
 
 
 def _find_positives(
-    runs: np.ndarray, sizes: np.ndarray, own_columns: np.ndarray | None, dtype: torch.dtype
+    segments: np.ndarray, sizes: np.ndarray, own_columns: np.ndarray | None, dtype: torch.dtype
 ) -> _Positives:
     """Looks up the positives of R anchors of k classes.
 
     Args:
-        runs: (k, 2) first column and number of columns of each class.
+        segments: (k, 2) first column and number of columns of each class.
         sizes: (k,) number of anchors of each class, R in all.
         own_columns: (R,) the column of the anchor itself; None where it has none.
     """
-    starts, counts = runs[:, :1], runs[:, 1:]
-    place = np.arange(counts.max(initial=0))
-    there = place < counts
-    columns = np.repeat(np.where(there, starts + place, starts), sizes, axis=0)
+    starts, counts = segments[:, :1], segments[:, 1:]
+    rank = np.arange(counts.max(initial=0))
+    there = rank < counts
+    columns = np.repeat(np.where(there, starts + rank, starts), sizes, axis=0)
     present = np.repeat(there.astype(np.float32), sizes, axis=0)
     num_positives = counts
     if own_columns is not None:
@@ -283,37 +273,23 @@ def _softplus_and_sigmoid(exponentials: Tensor) -> tuple[Tensor, Tensor]:
     return total.log_().add_(lost), sigmoid
 
 
-def _lower(rows: Tensor, products: Products) -> Tensor:
-    """The second factor of a product of the gradient."""
-    return rows.bfloat16() if products == "bf16" else rows
-
-
-def _add_product(target: Tensor, weights: Tensor, factor: Tensor, scale: float = 1.0) -> None:
-    """target += scale * weights @ factor, in the precision of the factor."""
-    if factor.dtype == target.dtype:
-        target.addmm_(weights, factor, alpha=scale)
-    else:
-        target.add_(weights.to(factor.dtype) @ factor, alpha=scale)
-
-
 def _add_in_steps(
     target: Tensor, weights: Tensor, factor: Tensor, step: int, scale: float = 1.0
 ) -> None:
-    """The same for weights that hold positives: a long run of terms that point the same way.
+    """target += scale * weights @ factor, for weights that hold positives.
 
-    One after the other they would lose digits to the growing sum, so `step` at a time are summed.
+    Their many terms point the same way, and would lose digits to the growing sum one by one, so
+    `step` at a time are summed.
     """
     for start in range(0, factor.shape[0], step):
         terms = slice(start, start + step)
-        _add_product(target, weights[:, terms], factor[terms], scale)
+        target.addmm_(weights[:, terms], factor[terms], alpha=scale)
 
 
 class _AmongThemselves:
     """Anchors against each other, by the upper triangle of the similarities."""
 
-    def __init__(
-        self, samples: _Samples, temperature: float, needs_gradient: bool, products: Products
-    ) -> None:
+    def __init__(self, samples: _Ordered, temperature: float, needs_gradient: bool) -> None:
         rows = samples.rows
         sizes = np.diff(samples.starts)
         self.rows = rows
@@ -325,7 +301,6 @@ class _AmongThemselves:
         self.gradient = torch.zeros_like(rows) if needs_gradient else rows.new_zeros(0)
         # Apart until the end, so that the many small terms of the gradient are added up first.
         self._attraction = torch.zeros_like(self.gradient)
-        self._factor = _lower(rows, products)
         self._sums = rows.new_zeros(len(rows))  # e^n_i
         self._pushes = rows.new_zeros(len(rows))
         self._weights = rows.new_zeros(len(rows))  # w_i
@@ -412,9 +387,9 @@ class _AmongThemselves:
             pull = sigmoids.add_(others)
         if not self.needs_gradient:
             return
-        _add_in_steps(self._attraction[rows], pull, self._factor[columns], _OWN_STEP, -weight)
+        _add_in_steps(self._attraction[rows], pull, self.rows[columns], _OWN_STEP, -weight)
         if not within:
-            _add_in_steps(self._attraction[columns], pull.T, self._factor[rows], _OWN_STEP, -weight)
+            _add_in_steps(self._attraction[columns], pull.T, self.rows[rows], _OWN_STEP, -weight)
 
     def _attract_in_mixed(self, block: _Block) -> None:
         """All pairs within a block of several whole classes."""
@@ -437,10 +412,10 @@ class _AmongThemselves:
         self._weights[rows] = weights[:, 0]
         if self.needs_gradient:
             d_similarities = exponentials.mul_(weights)
-            # Surplus places add 0 to a column that another place may have written.
+            # Surplus entries add 0 to a column that another entry may have written.
             d_similarities.scatter_add_(1, positives.columns, pull.neg_())
             symmetric = d_similarities + d_similarities.T
-            _add_in_steps(self._attraction[rows], symmetric, self._factor[rows], _OWN_STEP)
+            _add_in_steps(self._attraction[rows], symmetric, self.rows[rows], _OWN_STEP)
 
     def _repel(self, tile: _Tile, tiles: _TileCache) -> None:
         """Gradients of the negatives of a tile, for its rows and its columns."""
@@ -450,9 +425,9 @@ class _AmongThemselves:
             self._similarities(rows, columns, tile.values).exp_()
         factors = tiles.scratch(tile)
         torch.add(self._weights[rows, None], self._weights[columns], out=factors)
-        d_similarities = tile.values.mul_(factors).to(self._factor.dtype)
-        _add_product(self.gradient[rows], d_similarities, self._factor[columns])
-        _add_product(self.gradient[columns], d_similarities.T, self._factor[rows])
+        d_similarities = tile.values.mul_(factors)
+        self.gradient[rows].addmm_(d_similarities, self.rows[columns])
+        self.gradient[columns].addmm_(d_similarities.T, self.rows[rows])
         tiles.release(tile)
 
 
@@ -472,7 +447,7 @@ class _Tile(NamedTuple):
 
 
 class _TileCache:
-    """Tiles that wait until all their columns are complete, in a limited number of places."""
+    """Tiles that wait until all their columns are complete, in a limited number of buffers."""
 
     def __init__(self, most_rows: int, like: Tensor) -> None:
         all_fit = len(like) ** 2 * like.element_size() <= _CACHE_BYTES
@@ -480,7 +455,7 @@ class _TileCache:
         self._num_columns = len(like)
         self._like = like
         self._max_elements = max_elements = most_rows * self._step
-        self._places_left = _CACHE_BYTES // (max_elements * like.element_size())
+        self._buffers_left = _CACHE_BYTES // (max_elements * like.element_size())
         self._free: list[Tensor] = []
         self._passing = like.new_empty(max_elements)
         self._scratch = like.new_empty(max_elements)
@@ -496,7 +471,7 @@ class _TileCache:
 
     def new(self, rows: slice, columns: slice, keep: bool) -> _Tile:
         """An uninitialised tile; one to `keep` waits for `take_until`."""
-        memory = self._place(columns.stop) if keep else None
+        memory = self._buffer(columns.stop) if keep else None
         is_kept = memory is not None
         tile = self._tile(rows, columns, self._passing if memory is None else memory, is_kept)
         if keep:
@@ -525,12 +500,12 @@ class _TileCache:
         shape = rows.stop - rows.start, columns.stop - columns.start
         return _Tile(rows, columns, memory[: shape[0] * shape[1]].view(shape), memory, is_kept)
 
-    def _place(self, stop: int) -> Tensor | None:
+    def _buffer(self, stop: int) -> Tensor | None:
         """Memory for a tile that waits for column `stop`; None if there is no better use of it."""
         if self._free:
             return self._free.pop()
-        if self._places_left:
-            self._places_left -= 1
+        if self._buffers_left:
+            self._buffers_left -= 1
             return self._like.new_empty(self._max_elements)
         # Who waits longest makes room: that keeps the most tiles in all.
         kept = [column for column, tiles in self._waiting.items() if tiles and tiles[-1].is_kept]
@@ -547,11 +522,10 @@ class _AgainstSet:
 
     def __init__(
         self,
-        anchors: _Samples,
-        contrast: _Samples,
+        anchors: _Ordered,
+        contrast: _Ordered,
         temperature: float,
         needs_gradient: tuple[bool, bool],
-        products: Products,
     ) -> None:
         rows, columns = anchors.rows, contrast.rows
         self.rows = rows
@@ -563,17 +537,15 @@ class _AgainstSet:
         self.num_valid = rows.new_zeros(())
         self.d_anchors = torch.zeros_like(rows) if needs_gradient[0] else rows.new_zeros(0)
         self.d_contrast = torch.zeros_like(columns) if needs_gradient[1] else rows.new_zeros(0)
-        self._row_factor = _lower(rows, products)
-        self._column_factor = _lower(columns, products)
-        # The run of columns of each of the anchors' classes, of length 0 for an absent one.
-        run = np.searchsorted(contrast.classes, anchors.classes)
-        run = np.minimum(run, max(len(contrast.classes) - 1, 0))
+        # The segment of columns of each of the anchors' classes, of length 0 for an absent one.
+        found_at = np.searchsorted(contrast.classes, anchors.classes)
+        found_at = np.minimum(found_at, max(len(contrast.classes) - 1, 0))
         if len(contrast.classes) == 0:
-            self._runs = np.zeros((len(anchors.classes), 2), dtype=np.int64)
+            self._segments = np.zeros((len(anchors.classes), 2), dtype=np.int64)
             return
-        found = contrast.classes[run] == anchors.classes
-        sizes = np.where(found, np.diff(contrast.starts)[run], 0)
-        self._runs = np.stack([contrast.starts[run], sizes], axis=1)
+        found = contrast.classes[found_at] == anchors.classes
+        sizes = np.where(found, np.diff(contrast.starts)[found_at], 0)
+        self._segments = np.stack([contrast.starts[found_at], sizes], axis=1)
 
     def run(self, own_columns: np.ndarray | None) -> None:
         """Visits all anchors.
@@ -583,7 +555,7 @@ class _AgainstSet:
         """
         least = 1 if own_columns is None else 2
         sizes = np.diff(self.starts)
-        self.num_valid.fill_(int(sizes[self._runs[:, 1] >= least].sum()))
+        self.num_valid.fill_(int(sizes[self._segments[:, 1] >= least].sum()))
         if len(self.columns):
             max_rows = max(_ROWS, _TILE_ELEMENTS // len(self.columns))
             max_rows = max(_LEAST_ROWS, min(max_rows, _BLOCK_ELEMENTS // len(self.columns)))
@@ -597,8 +569,8 @@ class _AgainstSet:
         sizes = np.diff(self.starts[block.first : block.last + 1])
         if not block.is_mixed:
             sizes[:] = block.stop - block.start
-        runs = self._runs[block.first : block.last]
-        positives = _find_positives(runs, sizes, own_columns, self.rows.dtype)
+        segments = self._segments[block.first : block.last]
+        positives = _find_positives(segments, sizes, own_columns, self.rows.dtype)
         similarities = self.rows.new_empty(block.stop - block.start, len(self.columns))
         torch.addmm(
             similarities,
@@ -621,8 +593,7 @@ class _AgainstSet:
         weights = pull.sum(dim=1, keepdim=True) / sums.clamp(min=torch.finfo(sums.dtype).tiny)
         d_similarities = exponentials.mul_(weights)
         d_similarities.scatter_add_(1, positives.columns, pull.neg_())
-        d_similarities = d_similarities.to(self._row_factor.dtype)
         if self.needs_gradient[0]:
-            _add_in_steps(self.d_anchors[rows], d_similarities, self._column_factor, _SET_STEP)
+            _add_in_steps(self.d_anchors[rows], d_similarities, self.columns, _SET_STEP)
         if self.needs_gradient[1]:
-            _add_in_steps(self.d_contrast, d_similarities.T, self._row_factor[rows], _SET_STEP)
+            _add_in_steps(self.d_contrast, d_similarities.T, self.rows[rows], _SET_STEP)

@@ -1,6 +1,6 @@
 """The InfoNCE on NVIDIA GPUs: value and gradient in linear memory, written in Triton.
 
-The equations are those of `info_nce`. Similarities are computed block by block and thrown away, in
+The equations are those of `terms`. Similarities are computed block by block and thrown away, in
 three passes:
 
 1. n_i, the log-sum-exp over the negatives of each anchor, with a running maximum;
@@ -10,8 +10,8 @@ three passes:
    and what s_ji owes to n_j is added in the same visit.
 
 Each program owns a block of rows and visits one of several equal shares of the columns, so that
-there are programs enough for all multiprocessors, however few the rows. It writes its results to a
-place of its own, and the shares are added up later: no atomic additions, equal inputs give equal
+there are programs enough for all multiprocessors, however few the rows. It writes its results to
+memory of its own, and the shares are added up later: no atomic additions, equal inputs give equal
 results.
 
 Shape letters: A anchors, C contrast samples, D embedding width. In the kernels the rows are the
@@ -25,12 +25,12 @@ shares; WIDTH is D rounded up to a power of two, of which BLOCK_D are multiplied
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kernel_result import KernelResult
+from .sets import KernelResult, PixelSet
 
 try:
     # Of PyTorch's wheels, only those for CUDA bring it.
@@ -80,59 +80,49 @@ def is_available(embeddings: Tensor) -> bool:
 
 
 def triton_info_nce(
-    anchors: Tensor,
-    labels: Tensor,
-    contrast: Tensor | None,
-    contrast_labels: Tensor | None,
+    anchors: PixelSet,
+    contrast: PixelSet | None,
     *,
     temperature: float,
-    anchors_lead_contrast: bool,
+    holds_anchors: bool,
     needs_gradient: tuple[bool, bool],
-    products: Literal["fp32", "bf16"],
 ) -> KernelResult:
-    """Sums the losses of the anchors and their gradients, without waiting for the device.
+    """Value and gradient of the InfoNCE, without waiting for the device.
+
+    Products have the precision that PyTorch is set to: by default that of fp32, in three products
+    of TF32 parts, else that of one product of TF32.
 
     Args:
-        anchors: (A, D) fp32.
-        labels: (A,) integer classes; an anchor with a negative label is padding.
-        contrast: (C, D) fp32; None contrasts the anchors among themselves, each without itself.
-        contrast_labels: (C,) integer classes; a negative one is neither positive nor negative.
-        temperature: divides the similarities; above 0.
-        anchors_lead_contrast: the first A contrast samples are the anchors, in their order.
-        needs_gradient: of the anchors, of the contrast set.
-        products: "fp32" multiplies as PyTorch is set to multiply matrices: by default with the
-            accuracy of fp32, in three products of TF32 parts, else in one product of TF32. "bf16"
-            rounds the factors to bf16; similarities and sums stay in fp32.
-
-    Returns:
-        Sums and gradients, fp32.
+        anchors, contrast: fp32; None contrasts the anchors with each other.
+        temperature, holds_anchors: as in `Term`.
+        needs_gradient: of anchors, of contrast.
     """
-    within = contrast is None or contrast_labels is None
-    if within:
-        contrast, contrast_labels = anchors, labels
+    within = contrast is None
+    samples = anchors if contrast is None else contrast
     needs_d_anchors, needs_d_contrast = needs_gradient[0], needs_gradient[1] and not within
-    if not len(anchors) or not len(contrast):
+    if not len(anchors.labels) or not len(samples.labels):
+        zero = anchors.embeddings.new_zeros(())
         return KernelResult(
-            anchors.new_zeros(()),
-            anchors.new_zeros(()),
-            torch.zeros_like(anchors) if needs_d_anchors else None,
-            torch.zeros_like(contrast) if needs_d_contrast else None,
+            zero,
+            zero.clone(),
+            torch.zeros_like(anchors.embeddings) if needs_d_anchors else None,
+            torch.zeros_like(samples.embeddings) if needs_d_contrast else None,
         )
-    kernels = _Kernels(anchors, temperature, products)
-    rows = kernels.prepare(anchors, labels)
-    columns = rows if within else kernels.prepare(contrast, contrast_labels)
-    exclude_self = within or anchors_lead_contrast
+    kernels = _Kernels(anchors.embeddings, temperature)
+    rows = _prepared(anchors)
+    columns = rows if within else _prepared(samples)
+    exclude_self = within or holds_anchors
 
     lse = kernels.negatives(rows, columns)
     loss, pull, number = kernels.positives(rows, columns, lse, exclude_self)
     weight = number.clamp(min=1).reciprocal()
-    terms = _AnchorTerms(lse, weight, pull * weight)
+    of_anchors = lse, weight, pull * weight
     d_anchors = d_contrast = None
     if needs_d_anchors:
         d_anchors = kernels.gradient(
             rows,
             columns,
-            terms,
+            of_anchors,
             rows_are_anchors=True,
             columns_are_anchors=within,
             exclude_self=exclude_self,
@@ -141,7 +131,7 @@ def triton_info_nce(
         d_contrast = kernels.gradient(
             columns,
             rows,
-            terms,
+            of_anchors,
             rows_are_anchors=False,
             columns_are_anchors=True,
             exclude_self=exclude_self,
@@ -371,11 +361,11 @@ def _positives_kernel(
             loss += tl.sum(tl.where(positive, _softplus(gap), 0.0), axis=1)
             pull += tl.sum(tl.where(positive, _sigmoid(gap), 0.0), axis=1)
             number += tl.sum(tl.where(positive, 1.0, 0.0), axis=1)
-    place = sums_pointer + tl.program_id(1) * num_rows + rows
+    own = sums_pointer + tl.program_id(1) * num_rows + rows
     plane = tl.num_programs(1) * num_rows
-    tl.store(place, loss, mask=rows < num_rows)
-    tl.store(place + plane, pull, mask=rows < num_rows)
-    tl.store(place + 2 * plane, number, mask=rows < num_rows)
+    tl.store(own, loss, mask=rows < num_rows)
+    tl.store(own + plane, pull, mask=rows < num_rows)
+    tl.store(own + 2 * plane, number, mask=rows < num_rows)
 
 
 @_jit
@@ -397,7 +387,6 @@ def _gradient_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    FACTORS: tl.constexpr,
     EXCLUDE_SELF: tl.constexpr,
     ROWS_ARE_ANCHORS: tl.constexpr,
     COLUMNS_ARE_ANCHORS: tl.constexpr,
@@ -458,7 +447,6 @@ def _gradient_kernel(
             d_logits = tl.where(positive, -pull, d_logits)
         if BLOCK_D < WIDTH:
             y = _load(column_pointer, start, num_columns, 0, BLOCK_Q, D, WIDTH)
-        d_logits = d_logits.to(FACTORS).to(y.dtype)
         if PRECISION == "tf32x3":
             # As in the similarities, for sums over thousands of columns.
             gradient += scale * tl.dot(d_logits, y, input_precision=PRECISION)
@@ -468,9 +456,9 @@ def _gradient_kernel(
         gradient = gradient * scale
     elements = tl.arange(0, WIDTH)
     share = tl.cast(tl.program_id(1), tl.int64) * num_rows
-    place = gradient_pointer + (share + rows)[:, None] * D + elements[None, :]
+    own = gradient_pointer + (share + rows)[:, None] * D + elements[None, :]
     inside = (rows < num_rows)[:, None] & (elements < D)[None, :]
-    tl.store(place, gradient, mask=inside)
+    tl.store(own, gradient, mask=inside)
 
 
 # ---- launching them
@@ -487,53 +475,32 @@ class _Blocks(NamedTuple):
     stages: int
 
 
-class _Samples(NamedTuple):
-    """A set as the kernels read it: contiguous (N, D) factors of the products, (N,) int32."""
-
-    embeddings: Tensor
-    labels: Tensor
-
-
-class _AnchorTerms(NamedTuple):
-    """What the gradient needs of each anchor, (A,): n, 1 / number of positives, and the mean over
-    them of the derivative of the softplus."""
-
-    lse: Tensor
-    weight: Tensor
-    push: Tensor
+def _prepared(samples: PixelSet) -> PixelSet:
+    """The set as the kernels read it: contiguous, with int32 labels."""
+    return PixelSet(samples.embeddings.contiguous(), samples.labels.to(torch.int32).contiguous())
 
 
 class _Kernels:
-    """Launches the kernels for one width, temperature and kind of products.
+    """Launches the kernels for one width and temperature.
 
     Args:
         like: (N, D) embeddings of the width and on the device in question.
         temperature: divides the similarities.
-        products: "fp32" or "bf16".
     """
 
-    def __init__(self, like: Tensor, temperature: float, products: str) -> None:
+    def __init__(self, like: Tensor, temperature: float) -> None:
         self.scale = 1 / temperature
-        self.dtype = torch.bfloat16 if products == "bf16" else torch.float32
-        self.precision = "tf32" if products == "bf16" else _input_precision()
-        self.processors, large = 1, False
+        self.precision = _input_precision()
+        self.processors = 1
         if like.is_cuda:
             properties = torch.cuda.get_device_properties(like.device)
             self.processors = properties.multi_processor_count
-            large = properties.major in (9, 10)
         self.embed_dim = like.shape[1]
         self.width = max(16, triton.next_power_of_2(self.embed_dim))
-        self.loss_blocks = _choose_blocks(self.width, self.dtype, large, gradient=False)
-        self.gradient_blocks = _choose_blocks(self.width, self.dtype, large, gradient=True)
+        self.loss_blocks = _choose_blocks(self.width, gradient=False)
+        self.gradient_blocks = _choose_blocks(self.width, gradient=True)
 
-    def prepare(self, embeddings: Tensor, labels: Tensor) -> _Samples:
-        """Casts once what the kernels read many times."""
-        factors = embeddings.to(self.dtype)
-        if _is_interpreted():
-            factors = factors.float()  # rounded all the same: the interpreter multiplies no bf16
-        return _Samples(factors.contiguous(), labels.to(torch.int32).contiguous())
-
-    def negatives(self, anchors: _Samples, contrast: _Samples) -> Tensor:
+    def negatives(self, anchors: PixelSet, contrast: PixelSet) -> Tensor:
         """(A,) log-sum-exps over the negatives; -inf without any."""
         shares = self._num_shares(anchors, contrast, self.loss_blocks)
         lse_SA = anchors.embeddings.new_empty(shares, len(anchors.labels), dtype=torch.float32)
@@ -541,7 +508,7 @@ class _Kernels:
         return lse_SA.logsumexp(dim=0)
 
     def positives(
-        self, anchors: _Samples, contrast: _Samples, lse: Tensor, exclude_self: bool
+        self, anchors: PixelSet, contrast: PixelSet, lse: Tensor, exclude_self: bool
     ) -> Tensor:
         """(3, A) sums over the positives: the softplus, its derivative, and 1."""
         shares = self._num_shares(anchors, contrast, self.loss_blocks)
@@ -560,33 +527,36 @@ class _Kernels:
 
     def gradient(
         self,
-        rows: _Samples,
-        columns: _Samples,
-        terms: _AnchorTerms,
+        rows: PixelSet,
+        columns: PixelSet,
+        of_anchors: tuple[Tensor, Tensor, Tensor],
         *,
         rows_are_anchors: bool,
         columns_are_anchors: bool,
         exclude_self: bool,
     ) -> Tensor:
-        """Gradient (N, D) of the losses of the anchors among both with respect to the rows."""
+        """Gradient (N, D) of the losses of the anchors among both with respect to the rows.
+
+        `of_anchors`, (A,) each: n, 1 / number of positives, and the mean over them of the
+        derivative of the softplus.
+        """
         shares = self._num_shares(rows, columns, self.gradient_blocks)
-        gradient_SND = terms.lse.new_empty(shares, *rows.embeddings.shape)
+        gradient_SND = of_anchors[0].new_empty(shares, *rows.embeddings.shape)
         self._launch(
             _gradient_kernel,
             self.gradient_blocks,
             shares,
             rows,
             columns,
-            *terms,
+            *of_anchors,
             gradient_SND,
-            FACTORS=tl.bfloat16 if self.dtype == torch.bfloat16 else tl.float32,
             EXCLUDE_SELF=exclude_self,
             ROWS_ARE_ANCHORS=rows_are_anchors,
             COLUMNS_ARE_ANCHORS=columns_are_anchors,
         )
         return gradient_SND[0] if shares == 1 else gradient_SND.sum(dim=0)
 
-    def _num_shares(self, rows: _Samples, columns: _Samples, blocks: _Blocks) -> int:
+    def _num_shares(self, rows: PixelSet, columns: PixelSet, blocks: _Blocks) -> int:
         programs = _PROGRAMS_PER_PROCESSOR * self.processors
         row_blocks = triton.cdiv(len(rows.labels), blocks.rows)
         return min(
@@ -598,8 +568,8 @@ class _Kernels:
         kernel: Any,
         blocks: _Blocks,
         shares: int,
-        rows: _Samples,
-        columns: _Samples,
+        rows: PixelSet,
+        columns: PixelSet,
         *tensors: Tensor,
         **constants: Any,
     ) -> None:
@@ -607,8 +577,8 @@ class _Kernels:
         # Triton launches on the current device, whichever the tensors are on.
         with torch.cuda.device_of(rows.embeddings):
             kernel[(triton.cdiv(num_rows, blocks.rows), shares)](
-                *rows,
-                *columns,
+                *rows[:2],
+                *columns[:2],
                 *tensors,
                 num_rows,
                 num_columns,
@@ -625,35 +595,21 @@ class _Kernels:
             )
 
 
-def _choose_blocks(
-    width: int, dtype: torch.dtype, large_shared_memory: bool, *, gradient: bool
-) -> _Blocks:
+def _choose_blocks(width: int, *, gradient: bool) -> _Blocks:
     """Sizes that fit the registers and the shared memory of a multiprocessor.
+
+    Three products of TF32 parts need twice the room for each factor: both sets are read piece by
+    piece, from the L2 cache, which large blocks relieve. The gradient, rows x width, stays in
+    registers: 16,384 floats are 64 for each thread of eight warps, and leave it 190 for the block
+    of similarities.
 
     Args:
         width: D rounded up to a power of two.
-        dtype: of the factors.
-        large_shared_memory: a block may have 227 KB, as in the data centre since Hopper, and not
-            just the 99 of other GPUs.
-        gradient: the kernel keeps a gradient, rows x width, in registers: 16,384 floats are 64 for
-            each thread of eight warps, and leave it 190 for the block of similarities.
+        gradient: for the kernel of the gradient.
     """
-    if dtype == torch.bfloat16:
-        # The rows stay in shared memory, and a block of columns per stage.
-        rows = 128 if large_shared_memory else 64
-        return _Blocks(
-            rows=max(16, min(rows, rows * 256 // width)),
-            columns=max(16, min(64, 16384 // width)),
-            width=width,
-            warps=8,
-            stages=2,
-        )
-    # Three products of TF32 parts need twice the place for each factor: both sets are read piece by
-    # piece, from the L2 cache, which large blocks relieve.
+    rows, columns = 128, 64
     if gradient:
         rows, columns = max(16, min(64, 16384 // width)), max(16, min(32, 8192 // width))
-    else:
-        rows, columns = 128, 64
     return _Blocks(rows=rows, columns=columns, width=min(width, 32), warps=8, stages=2)
 
 

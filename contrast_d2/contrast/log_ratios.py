@@ -1,7 +1,7 @@
 """The log of the negatives' mean over the positives', for groups of anchors with sets of their own.
 
-Shape letters: D embedding width, G groups, A anchors, R samples, S most samples of a set, M blocks
-of anchors.
+Shape letters: D embedding width, G groups or ranges, A anchors, R samples, S most samples of a set,
+M blocks of anchors.
 """
 
 from __future__ import annotations
@@ -12,16 +12,47 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .ranges import Ranges, at, expand, runs
+from .sets import refuse_second_derivative
+
+
+class Ranges(NamedTuple):
+    """Ranges of indices, one per group.
+
+    Attributes:
+        first: (G,) int64, where each begins.
+        size: (G,) int64, its length.
+    """
+
+    first: Tensor
+    size: Tensor
+
+
+def consecutive(sizes: Tensor) -> Ranges:
+    """Ranges of the given sizes, one after the other."""
+    return Ranges(sizes.cumsum(dim=0) - sizes, sizes)
+
+
+def at(ranges: Ranges, number: Tensor) -> Ranges:
+    """The ranges of the given numbers."""
+    return Ranges(ranges.first[number], ranges.size[number])
+
+
+def expand(ranges: Ranges, total: int) -> tuple[Tensor, Tensor]:
+    """The range that each of `total` indices lies in, and the index's rank in it.
+
+    Indices beyond the last range have the number of ranges, and rank on in the last one.
+    """
+    index = torch.arange(total, device=ranges.size.device)
+    number = torch.searchsorted(ranges.first + ranges.size, index, right=True)
+    return number, index - ranges.first[number.clamp(max=len(ranges.size) - 1)]
 
 
 class Groups(NamedTuple):
-    """What is contrasted with what, as places among the anchors and among the samples.
+    """What is contrasted with what, as ranges among the anchors and among the samples.
 
     Attributes:
-        anchors: runs of each group's anchors; one after the other, they hold all anchors.
-        positives: runs of each group's positives among the samples.
-        negatives: runs of each group's negatives among the samples.
+        anchors: of each group; one after the other, they hold all anchors.
+        positives, negatives: of each group among the samples.
     """
 
     anchors: Ranges
@@ -57,7 +88,7 @@ def log_ratios(
     Returns:
         (A,), of the same dtype.
 
-    Reference: Wang et al., arXiv:2207.01417, and the authors' release, whose tiling of anchors,
+    Reference: Wang et al., arXiv:2207.01417, and the official code, whose tiling of anchors,
         positives and negatives to the same number these means replace.
     """
     with torch.autocast(anchors.device.type, enabled=False):
@@ -108,8 +139,7 @@ class _LogRatios(Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("log_ratios cannot be differentiated twice: leave out create_graph.")
+        refuse_second_derivative("log_ratios")
         (gradients,) = ctx.saved_tensors
         return gradients * grad[:, None], None, None, None, None, None
 
@@ -124,17 +154,17 @@ def _blocks(anchors: Ranges, num_anchors: int) -> tuple[Tensor, Tensor]:
     num_groups = len(anchors.size)
     # At least as many blocks as there are: to know their number the host would have to wait.
     bound = (num_anchors + num_groups * (size - 1)) // size
-    per_group = runs((anchors.size + size - 1).div(size, rounding_mode="floor"))
+    per_group = consecutive((anchors.size + size - 1).div(size, rounding_mode="floor"))
     group, rank = expand(per_group, bound)
     group.clamp_(max=num_groups - 1)
     within = rank[:, None] * size + torch.arange(size, device=group.device)
-    run = at(anchors, group)
-    members = run.first[:, None] + within
-    return group, members.masked_fill(within >= run.size[:, None], num_anchors)
+    own = at(anchors, group)
+    members = own.first[:, None] + within
+    return group, members.masked_fill(within >= own.size[:, None], num_anchors)
 
 
 def _log_mean_exp(
-    block: Tensor, samples: Tensor, log_weights: Tensor | None, run: Ranges, max_samples: int
+    block: Tensor, samples: Tensor, log_weights: Tensor | None, chosen: Ranges, max_samples: int
 ) -> tuple[Tensor, Tensor]:
     """log mean_x w_x e^{a.x} over the samples of each block, and its gradient in a.
 
@@ -142,19 +172,19 @@ def _log_mean_exp(
         block: (M, block, D) anchors, over the temperature.
         samples: (R, D).
         log_weights: (R,) log w; None for w = 1.
-        run: the samples of each block.
+        chosen: the samples of each block.
         max_samples: S, at least their number.
 
     Returns:
         (M, block) and (M, block, D).
     """
     rank = torch.arange(max_samples, device=block.device)
-    outside = rank >= run.size[:, None]
-    place = (run.first[:, None] + rank).masked_fill(outside, 0)
-    bias = samples.new_zeros(()).expand(place.shape) if log_weights is None else log_weights[place]
+    outside = rank >= chosen.size[:, None]
+    index = (chosen.first[:, None] + rank).masked_fill(outside, 0)
+    bias = samples.new_zeros(()).expand(index.shape) if log_weights is None else log_weights[index]
     bias = bias.masked_fill(outside, -torch.inf)
-    chosen = samples.index_select(0, place.flatten()).view(*place.shape, samples.shape[1])
-    scores = torch.baddbmm(bias[:, None], block, chosen.mT)
+    rows = samples.index_select(0, index.flatten()).view(*index.shape, samples.shape[1])
+    scores = torch.baddbmm(bias[:, None], block, rows.mT)
     log_sum = scores.logsumexp(dim=2, keepdim=True)
-    mean = scores.sub_(log_sum).exp_() @ chosen
-    return log_sum.squeeze(2) - run.size.to(scores.dtype).log()[:, None], mean
+    mean = scores.sub_(log_sum).exp_() @ rows
+    return log_sum.squeeze(2) - chosen.size.to(scores.dtype).log()[:, None], mean

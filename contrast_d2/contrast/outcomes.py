@@ -54,7 +54,7 @@ def sort_outcomes(
         num_correct + (image + predicted) * num_classes + truth,
     )
     keys.masked_fill_((truth < 0) | (truth >= num_classes), no_class)
-    # The cost of the sort goes by the bytes of the keys.
+    # The cost of the sort depends on the bytes of the keys.
     keys = keys.flatten().to(torch.int16 if no_class < 2**15 else torch.int32)
     if visiting_order is not None:
         keys = keys[visiting_order]

@@ -1,45 +1,12 @@
 """Which of all pairs of an anchor and a contrast sample the InfoNCE counts.
 
-A selector is called on one block of anchors after the other, by `info_nce(..., pairs=...)`.
-
 Shape letters: R anchors of one block, C contrast samples, P a pool of the nearest or furthest.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 import torch
 from torch import Tensor
-
-
-class Pairs(NamedTuple):
-    """The pairs of one block of anchors.
-
-    Attributes:
-        positive: (R, C) bool, which samples are positives of which anchor.
-        negative: (R, C) bool, the same of negatives.
-    """
-
-    positive: Tensor
-    negative: Tensor
-
-
-class PairSelector(Protocol):
-    """What `info_nce` takes as `pairs`."""
-
-    def __call__(self, similarities: Tensor, positive: Tensor, negative: Tensor) -> Pairs:
-        """Chooses among the pairs of one block of anchors.
-
-        Args:
-            similarities: (R, C), divided by the temperature. Not to be changed.
-            positive: (R, C) bool, pairs of one class; no anchor with itself.
-            negative: (R, C) bool, pairs of two classes.
-
-        Returns:
-            The pairs to count, a part of those given.
-        """
-        ...
 
 
 class SemiHardPairs:
@@ -62,7 +29,7 @@ class SemiHardPairs:
         ValueError: an argument out of its range.
 
     Reference: Wang et al., "Exploring Cross-Image Pixel Contrast for Semantic Segmentation", ICCV
-        2021, section 3.2 ("semi-hard example sampling"). The release has no counterpart.
+        2021, section 3.2 ("semi-hard example sampling"). The official code has no counterpart.
     """
 
     def __init__(
@@ -83,9 +50,9 @@ class SemiHardPairs:
         positive: Tensor,
         negative: Tensor,
         generator: torch.Generator | None = None,
-    ) -> Pairs:
+    ) -> tuple[Tensor, Tensor]:
         """As in `PairSelector`, with a source of random numbers on the similarities' device."""
-        return Pairs(
+        return (
             self._choose(-similarities, positive, self.max_positives, generator),
             self._choose(similarities, negative, self.max_negatives, generator),
         )
@@ -110,29 +77,3 @@ class SemiHardPairs:
             chosen = keys_RP.masked_fill_(~in_pool_RP, -1).topk(most, dim=1).indices
             hardest_RP, in_pool_RP = hardest_RP.gather(1, chosen), in_pool_RP.gather(1, chosen)
         return torch.zeros_like(candidates).scatter_(1, hardest_RP, in_pool_RP)
-
-
-class RolePairs:
-    """For contrast sets whose parts serve in one role only: some as positives, others as negatives.
-
-    Args:
-        positives: (C,) bool, the samples that may be positives.
-        negatives: (C,) bool, the samples that may be negatives.
-
-    Raises:
-        ValueError: masks that are not (C,) bool tensors of the same size.
-    """
-
-    def __init__(self, positives: Tensor, negatives: Tensor) -> None:
-        for name, mask in (("positives", positives), ("negatives", negatives)):
-            if mask.dtype != torch.bool or mask.dim() != 1 or mask.shape != positives.shape:
-                raise ValueError(
-                    f"{name}: a {tuple(mask.shape)} tensor of {mask.dtype}. Both masks need one "
-                    "bool for each contrast sample."
-                )
-        self.positives = positives
-        self.negatives = negatives
-
-    def __call__(self, similarities: Tensor, positive: Tensor, negative: Tensor) -> Pairs:
-        """As in `PairSelector`."""
-        return Pairs(positive & self.positives, negative & self.negatives)

@@ -1,66 +1,57 @@
-"""The training-only heads that map backbone features to the space where they are contrasted.
+"""Projection heads: from feature maps to the space in which embeddings are contrasted.
 
 Shape letters: B images, C feature channels, D embedding width, h w the size of a feature map,
-A drawn pixels, N parts of a population.
+N drawn pixels.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .distributed import gather_rows, world_size
+from .sets import (
+    PixelDraw,
+    at_least_fp32,
+    gather_embeddings,
+    gather_pixels,
+    stack_processes,
+    unit_vectors,
+)
 
 Norm = Literal["batch", "layer"] | None
 Order = Literal["relu_norm", "norm_relu"]
-
-# Elements of a hidden activation that `map_statistics` holds at a time.
-_CHUNK_ELEMENTS = 1 << 22
-
-
-class ChannelStatistics(NamedTuple):
-    """What a batch norm knows of a population of pixels.
-
-    Attributes:
-        mean: (C,) fp32 (fp64 for fp64 input).
-        var: (C,), divided by the number of pixels, not by one less.
-        count: 0-dim, number of pixels; mean and var are 0 where it is 0.
-    """
-
-    mean: Tensor
-    var: Tensor
-    count: Tensor
+Projection = Literal["dense", "sampled"]
 
 
 class Projector(nn.Sequential):
     """Maps a feature map to embeddings: hidden blocks of 1x1 conv, ReLU and norm, then a 1x1 conv.
 
-    Called on a map it projects every pixel. `project_rows` projects drawn pixels alone, with the
-    same parameters: the two are equal to rounding when the norms use the same statistics.
+    Called on a map it projects every pixel; `project_rows` projects drawn pixels alone, with the
+    same parameters.
 
     Args:
-        in_channels: C, channels of the feature map.
+        in_channels: C, channels of the feature map, which is also the width of hidden blocks.
         embed_dim: D, width of the embeddings.
-        num_hidden: number of hidden blocks; Pissas et al. describe 2, their release has 1, as the
-            other methods do.
-        norm: "batch", "layer" (over the channels of each pixel, without statistics of other
-            pixels), or None; only without one have the hidden convolutions a bias.
+        num_hidden: number of hidden blocks; Pissas et al. describe 2, their official code has 1, as
+            the other methods do.
+        norm: "batch", "layer" (over the channels of each pixel), or None; only without one have the
+            hidden convolutions a bias.
         order: of ReLU and norm in a block: "relu_norm" as in multi-scale contrast, or "norm_relu"
-            as in the releases of pixel contrast and PNE.
-        max_hidden_channels: hidden blocks are as wide as the feature map, but no wider than this;
-            None for no bound.
+            as in the official code of pixel contrast and PNE.
         bn_momentum: momentum of the running statistics of batch norms. They are never used, because
-            the projector does not run at test time; the release has 3e-4.
+            the projector does not run at test time.
 
-    Shape: (B, C, h, w) -> (B, D, h, w). The output is not normalised: that is done to the drawn
-    pixels, which gives the same values without touching the whole map.
+    Shape: (B, C, h, w) -> (B, D, h, w). The output is not normalised: only drawn pixels are, which
+    gives the same values.
+
+    Raises:
+        ValueError: an argument out of its range.
 
     Reference: Pissas et al., "Multi-scale and Cross-scale Contrastive Learning for Semantic
         Segmentation", ECCV 2022, section 3.2; Wang et al., "Exploring Cross-Image Pixel Contrast
@@ -75,192 +66,90 @@ class Projector(nn.Sequential):
         num_hidden: int = 2,
         norm: Norm = "batch",
         order: Order = "relu_norm",
-        max_hidden_channels: int | None = None,
         bn_momentum: float = 0.1,
     ) -> None:
         for name, value, least in (
             ("in_channels", in_channels, 1),
             ("embed_dim", embed_dim, 1),
             ("num_hidden", num_hidden, 0),
-            ("max_hidden_channels", max_hidden_channels, 1),
         ):
-            if value is not None and value < least:
+            if value < least:
                 raise ValueError(f"Projector({name}={value}): needs at least {least}.")
         if norm not in ("batch", "layer", None):
             raise ValueError(f"Projector(norm={norm!r}): choose 'batch', 'layer' or None.")
         if order not in ("relu_norm", "norm_relu"):
             raise ValueError(f"Projector(order={order!r}): choose 'relu_norm' or 'norm_relu'.")
-        hidden = min(in_channels, max_hidden_channels or in_channels)
         layers: list[nn.Module] = []
-        width = in_channels
         for _ in range(num_hidden):
-            layers.append(nn.Conv2d(width, hidden, 1, bias=norm is None))
+            layers.append(nn.Conv2d(in_channels, in_channels, 1, bias=norm is None))
             after: list[nn.Module] = [nn.ReLU()]
-            if norm is not None:
-                after.append(
-                    nn.BatchNorm2d(hidden, momentum=bn_momentum)
-                    if norm == "batch"
-                    else ChannelLayerNorm(hidden)
-                )
+            if norm == "batch":
+                after.append(nn.BatchNorm2d(in_channels, momentum=bn_momentum))
+            elif norm == "layer":
+                after.append(ChannelLayerNorm(in_channels))
             layers += after if order == "relu_norm" else reversed(after)
-            width = hidden
-        layers.append(nn.Conv2d(width, embed_dim, 1))
+        layers.append(nn.Conv2d(in_channels, embed_dim, 1))
         super().__init__(*layers)
 
-    @property
-    def has_batch_norm(self) -> bool:
-        """Whether an embedding depends on the statistics of other pixels."""
-        return any(isinstance(layer, _BatchNorm) for layer in self)
-
-    def project_rows(
-        self,
-        rows: Tensor,
-        valid: Tensor,
-        statistics: Sequence[ChannelStatistics] | None = None,
-    ) -> Tensor:
+    def project_rows(self, rows: Tensor, valid: Tensor) -> Tensor:
         """Projects pixels that have been read off the feature map.
 
-        In training mode the batch norms use the given statistics, or else those of the valid rows,
-        through which gradients then flow. With SyncBatchNorm they are those of the rows of all
-        processes, each of which has to make the call; it may do so with no rows at all. A
-        population without any pixel leaves the running statistics as they are.
+        In training mode the batch norms use the statistics of the valid rows, through which
+        gradients flow; with SyncBatchNorm those of the rows of all processes, each of which has to
+        make the call, with or without rows.
 
         Args:
-            rows: (A, C).
-            valid: (A,) bool; other rows, which pad a draw, do not enter statistics.
-            statistics: one for each batch norm, as `map_statistics` returns; constants.
+            rows: (N, C).
+            valid: (N,) bool; other rows, which pad a draw, do not enter statistics.
 
         Returns:
-            (A, D), connected to the graph and to every parameter even where A = 0.
+            (N, D), connected to the graph and to every parameter even where N = 0.
         """
-        given = iter(statistics or ())
         for layer in self:
             if isinstance(layer, nn.Conv2d):
                 rows = F.linear(rows, layer.weight.flatten(1), layer.bias)
             elif isinstance(layer, _BatchNorm):
-                found = next(given) if statistics else _over_processes(layer, _of_rows(rows, valid))
-                # What pads the draw may lie far from the others, in their deviations, and overflow.
-                rows = _batch_norm(layer, rows, found).where(valid[:, None], 0)
+                # What pads the draw may lie many deviations from the others, and overflow.
+                rows = _batch_norm(layer, rows, valid).where(valid[:, None], 0)
             else:
                 rows = layer(rows)
         return rows
 
-    @torch.no_grad()
-    def map_statistics(self, features: Tensor) -> list[ChannelStatistics]:
-        """The statistics that the batch norms have in a training step on the whole map.
-
-        They come without a graph: used in `project_rows` they are constants of the backward pass,
-        whereas a batch norm also sends gradients through them. The cost is that of the hidden
-        convolutions on the whole map, forward only and n (n + 1) / 2 of them for n hidden blocks,
-        since each needs the statistics of the one before. The map is taken in chunks, so the memory
-        is that of a chunk. With SyncBatchNorm they are those of the maps of all processes.
-
-        Args:
-            features: (B, C, h, w).
-        """
-        found: list[ChannelStatistics] = []
-        for depth, layer in enumerate(self):
-            if isinstance(layer, _BatchNorm):
-                parts = [_of_map(self._hidden(chunk, depth, found)) for chunk in _chunks(features)]
-                found.append(_over_processes(layer, _joined(parts)))
-        return found
-
-    def _hidden(
-        self, features: Tensor, depth: int, statistics: Sequence[ChannelStatistics]
-    ) -> Tensor:
-        """The activation before layer `depth`, given the statistics of the norms up to there."""
-        given = iter(statistics)
-        hidden = features
-        for layer in islice(self, depth):
-            if isinstance(layer, _BatchNorm):
-                mean, var, _ = next(given)
-                hidden = F.batch_norm(hidden, mean, var, layer.weight, layer.bias, eps=layer.eps)
-            else:
-                hidden = layer(hidden)
-        return hidden
-
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each pixel, of maps (B, C, h, w) and of rows (A, C)."""
+    """LayerNorm over the channels of each pixel, of maps (B, C, h, w) and of rows (N, C)."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 
-def _of_rows(rows: Tensor, valid: Tensor) -> ChannelStatistics:
-    """Statistics of the valid ones among rows (A, C), with a graph."""
-    rows = _at_least_fp32(rows)
-    weight = valid.to(rows.dtype)
-    count = weight.sum()
-    share = (weight / count.clamp(min=1))[:, None]
-    mean = (rows * share).sum(dim=0)
-    return ChannelStatistics(mean, ((rows - mean).square() * share).sum(dim=0), count)
+def _batch_norm(layer: _BatchNorm, rows: Tensor, valid: Tensor) -> Tensor:
+    """Normalises rows (N, C) as the layer would the pixels of a map that has the valid ones only.
 
+    Without any pixel the running statistics stay as they are.
+    """
+    if not layer.training:
+        return F.batch_norm(
+            rows, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps
+        )
+    values, weight = at_least_fp32(rows), valid.to(at_least_fp32(rows).dtype)[:, None]
 
-def _of_map(hidden: Tensor) -> ChannelStatistics:
-    """Statistics of all pixels of a map (B, C, h, w)."""
-    hidden = _at_least_fp32(hidden)
-    mean = hidden.mean(dim=(0, 2, 3))
-    # As accurate as var_mean, which takes seven times as long on a CPU.
-    var = (hidden - mean[:, None, None]).square_().mean(dim=(0, 2, 3))
-    return ChannelStatistics(mean, var, mean.new_full((), hidden.numel() // hidden.shape[1]))
+    def total(of_rows: Tensor) -> Tensor:
+        own = of_rows.sum(dim=0)
+        return stack_processes(own).sum(dim=0) if isinstance(layer, nn.SyncBatchNorm) else own
 
-
-def _chunks(features: Tensor) -> Iterator[Tensor]:
-    """Cuts a map into parts of several images, or of several rows of one image."""
-    _, channels, height, width = features.shape
-    images = max(1, _CHUNK_ELEMENTS // (channels * height * width))
-    rows = max(1, _CHUNK_ELEMENTS // (channels * width))
-    for part in features.split(images):
-        yield from part.split(rows, dim=2)
-
-
-def _over_processes(layer: _BatchNorm, statistics: ChannelStatistics) -> ChannelStatistics:
-    """Those of all processes, for a norm that is synchronised."""
-    if not isinstance(layer, nn.SyncBatchNorm) or world_size() == 1:
-        return statistics
-    mean, var, count = statistics
-    parts = gather_rows(torch.cat([mean, var, count[None]])[None], [1] * world_size())
-    channels = len(mean)
-    return _joined(
-        [ChannelStatistics(part[:channels], part[channels:-1], part[-1].detach()) for part in parts]
-    )
-
-
-def _joined(parts: Sequence[ChannelStatistics]) -> ChannelStatistics:
-    """Statistics of a population from those of its parts."""
-    means_NC, vars_NC, counts_N = (torch.stack(values) for values in zip(*parts, strict=True))
-    count = counts_N.sum()
-    share_N = (counts_N / count.clamp(min=1))[:, None]
-    mean = (means_NC * share_N).sum(dim=0)
-    var = ((vars_NC + (means_NC - mean).square()) * share_N).sum(dim=0)
-    return ChannelStatistics(mean, var, count)
-
-
-def _batch_norm(layer: _BatchNorm, rows: Tensor, statistics: ChannelStatistics) -> Tensor:
-    """Normalises rows (A, C) as the layer would, and moves its running statistics."""
-    mean, var = layer.running_mean, layer.running_var
-    if layer.training:
-        mean, var, count = statistics
-        _move_running_statistics(layer, statistics)
-    scale = layer.weight * (var + layer.eps).rsqrt()  # pyright: ignore[reportOptionalOperand]
-    return ((rows - mean) * scale + layer.bias).to(rows.dtype)  # pyright: ignore[reportOperatorIssue]
-
-
-@torch.no_grad()
-def _move_running_statistics(layer: _BatchNorm, statistics: ChannelStatistics) -> None:
-    mean, var, count = statistics
-    exists = (count > 0).to(mean.dtype)
-    unbiased = var * (count / (count - 1).clamp(min=1))
-    # As PyTorch's own update, this one is none of autograd's business: the graph of a map that went
-    # through the layer before holds these buffers, but makes no use of them in training.
-    layer.running_mean.data.lerp_(mean, layer.momentum * exists)  # pyright: ignore[reportOptionalMemberAccess, reportOptionalOperand]
-    layer.running_var.data.lerp_(unbiased, layer.momentum * exists)  # pyright: ignore[reportOptionalMemberAccess, reportOptionalOperand]
-    layer.num_batches_tracked.add_(exists.to(layer.num_batches_tracked.dtype))  # pyright: ignore[reportOptionalMemberAccess]
-
-
-def _at_least_fp32(values: Tensor) -> Tensor:
-    return values if values.dtype == torch.float64 else values.float()
+    count = total(weight).detach()
+    mean = total(values * weight) / count.clamp(min=1)
+    var = total((values - mean).square() * weight) / count.clamp(min=1)
+    with torch.no_grad():
+        exists = (count > 0).to(mean.dtype)
+        unbiased = var * count / (count - 1).clamp(min=1)
+        # As PyTorch's own update, this one is none of autograd's business: the graph of a map that
+        # went through the layer before holds these buffers, but makes no use of them in training.
+        for running, new in ((layer.running_mean, mean), (layer.running_var, unbiased)):
+            running.data.lerp_(new, layer.momentum * exists)  # pyright: ignore[reportOptionalMemberAccess, reportOptionalOperand]
+        layer.num_batches_tracked.add_(exists[0].to(torch.int64))  # pyright: ignore[reportOptionalMemberAccess]
+    return ((values - mean) * (var + layer.eps).rsqrt() * layer.weight + layer.bias).to(rows.dtype)  # pyright: ignore[reportOptionalOperand]
 
 
 class MultiScaleProjector(nn.Module):
@@ -268,8 +157,14 @@ class MultiScaleProjector(nn.Module):
 
     Args:
         in_channels: channels of each feature map by name, e.g. {"res2": 64, "res5": 512}.
-        embed_dim, num_hidden, norm, order, max_hidden_channels, bn_momentum: as in `Projector`, the
-            same for every map.
+        embed_dim, num_hidden, norm, order, bn_momentum: as in `Projector`, the same for every map.
+        projection: "dense" projects the maps, as in the papers; "sampled" the drawn pixels alone.
+            Parameters and checkpoints are the same, and without batch norms losses and gradients
+            too; batch norms then have the statistics of the drawn pixels, in which all classes
+            weigh alike.
+
+    Raises:
+        ValueError: no map, a name that no module can have, or an unknown projection.
     """
 
     def __init__(
@@ -280,13 +175,22 @@ class MultiScaleProjector(nn.Module):
         num_hidden: int = 2,
         norm: Norm = "batch",
         order: Order = "relu_norm",
-        max_hidden_channels: int | None = None,
         bn_momentum: float = 0.1,
+        projection: Projection = "dense",
     ) -> None:
         super().__init__()
         if not in_channels:
             raise ValueError("MultiScaleProjector(in_channels={}): name at least one feature map.")
+        for name in in_channels:
+            if not name or "." in name:
+                raise ValueError(
+                    f"in_channels: {name!r} cannot name a head: rename the feature map to a name "
+                    "without dots."
+                )
+        if projection not in ("dense", "sampled"):
+            raise ValueError(f"projection={projection!r}: choose 'dense' or 'sampled'.")
         self.embed_dim = embed_dim
+        self.projection = projection
         self.heads = nn.ModuleDict(
             {
                 name: Projector(
@@ -295,17 +199,11 @@ class MultiScaleProjector(nn.Module):
                     num_hidden=num_hidden,
                     norm=norm,
                     order=order,
-                    max_hidden_channels=max_hidden_channels,
                     bn_momentum=bn_momentum,
                 )
                 for name, channels in in_channels.items()
             }
         )
-
-    @property
-    def has_batch_norm(self) -> bool:
-        """Whether the heads have batch norms."""
-        return any(head.has_batch_norm for head in self.heads.values())
 
     def keep(self, names: Iterable[str]) -> None:
         """Drops the heads of all other maps, so that no parameter goes without a gradient.
@@ -324,30 +222,40 @@ class MultiScaleProjector(nn.Module):
         for name in [name for name in self.heads if name not in names]:
             del self.heads[name]
 
-    def select(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The feature maps that have a head, in the order of the heads.
-
-        Raises:
-            ValueError: a feature map is missing.
-        """
-        missing = [name for name in self.heads if name not in features]
-        if missing:
-            raise ValueError(
-                f"feature maps {missing} are not among those of the model, {sorted(features)}: "
-                "name them in the contrast's in_channels as the backbone or the decoder does."
-            )
-        return {name: features[name] for name in self.heads}
-
-    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Projects every pixel of the maps that have a head.
+    def forward(
+        self, features: Mapping[str, Tensor], done: dict[nn.Module, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Projects every pixel of the maps that have a head, unless `projection` is "sampled".
 
         Args:
             features: feature maps (B, C, h, w) by name; others than the projector's are ignored.
+            done: what heads have projected in this step, for methods that share them; is added to.
 
         Returns:
-            Maps (B, D, h, w) by name, not normalised.
+            Maps (B, D, h, w) by name, not normalised; or the feature maps, for `embed`.
 
         Raises:
-            ValueError: a feature map is missing.
+            ValueError: a feature map is missing, or has another number of channels.
         """
-        return {name: self.heads[name](x) for name, x in self.select(features).items()}
+        done = {} if done is None else done
+        maps = {}
+        for name, head in self.heads.items():
+            if name not in features:
+                raise ValueError(
+                    f"feature map {name!r} is not among those of the model, {sorted(features)}: "
+                    "name it in the contrast's in_channels as the backbone or the decoder does."
+                )
+            x = features[name]
+            if self.projection == "dense":
+                x = done[head] if head in done else done.setdefault(head, head(x))
+            maps[name] = x
+        return maps
+
+    def embed(self, maps: Mapping[str, Tensor], name: str, draw: PixelDraw) -> Tensor:
+        """(N, D) unit vectors of pixels drawn from one of the maps that `forward` returned."""
+        # The padding of a draw of fixed size can name a pixel twice, and so can joined draws.
+        distinct = draw.class_counts is not None
+        if self.projection == "dense":
+            return gather_embeddings(maps[name], draw.image, draw.pixel, distinct=distinct)
+        rows = gather_pixels(maps[name], draw.image, draw.pixel, distinct=distinct)
+        return unit_vectors(self.heads[name].project_rows(rows, draw.labels >= 0))  # pyright: ignore[reportCallIssue]

@@ -1,53 +1,27 @@
-"""Which pixels become anchors: label down-sampling and class-balanced draws.
+"""Which pixels become anchors: labels at the size of a map, and class-balanced draws.
 
 Shape letters: S scales (label maps of one step), B images, K classes, G groups of a class at one
 scale, H W a label map, h w a feature map, A anchors of one scale.
 
-The draw of a step needs labels only and is made for all scales together. A stable sort brings
-together the pixels of each group (one scale, class and image), budgets say how many to take from
-each, and random ranks say which. No loop runs over images or classes, and the device is waited for
-once, to learn how many anchors there are, or not at all with `fixed_size`.
+The draw of a step is made for all scales together: a stable sort brings together the pixels of each
+group (one scale, class and image), budgets say how many to take from each, and random ranks say
+which. No loop runs over images or classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from .distributed import process_share, quotas_of_all
+from .sets import PixelDraw, stack_processes, world_size
 
 Balance = Literal["class", "image_class"]
-
-
-class PixelDraw(NamedTuple):
-    """The pixels drawn from one label map, grouped by class, then by image.
-
-    Attributes:
-        image: (A,) int64, index of the image in the batch.
-        pixel: (A,) int64, row-major index of the pixel in the (h, w) map.
-        labels: (A,) int64, class of the pixel. A draw of fixed size ends in padding: slots of
-            label -1, whose image and pixel are valid indices of no meaning.
-        class_counts: how many pixels were drawn of each class 0..K-1, host integers. None in a draw
-            of fixed size, where the host does not know.
-    """
-
-    image: Tensor
-    pixel: Tensor
-    labels: Tensor
-    class_counts: tuple[int, ...] | None
-
-
-def joined_draws(first: PixelDraw, second: PixelDraw | None) -> PixelDraw:
-    """The pixels of two draws from one map, one after the other; the first where there is one."""
-    if second is None:
-        return first
-    parts = zip(first[:3], second[:3], strict=True)
-    return PixelDraw(*(torch.cat(pair) for pair in parts), class_counts=None)
 
 
 def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
@@ -72,54 +46,98 @@ def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     return labels[..., rows[:, None], columns]
 
 
-def predicted_labels(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """The most likely class of each pixel of a feature map.
-
-    Class scores are resized bilinearly where their size is another, and the class is chosen after
-    that: a resized score is a mixture, a resized class would not be.
+class Batch:
+    """What a contrast method sees of one step.
 
     Args:
-        logits: (B, K, h', w') class scores.
-        size: (h, w) of the feature map.
-
-    Returns:
-        (B, h, w) int64, without gradient.
+        maps: feature or embedding maps (B, C, h, w) by name.
+        labels: (B, H, W) integers.
+        logits: (B, K, h', w') class scores; None where there are none.
+        generator: source of random numbers, on the labels' device; None for the default one.
+        across_processes: balance and contrast the global batch, not the images of each process.
     """
-    with torch.no_grad():
-        if logits.shape[-2:] != torch.Size(size):
-            logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-        return logits.argmax(dim=1)
+
+    def __init__(
+        self,
+        maps: Mapping[str, Tensor],
+        labels: Tensor,
+        logits: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        across_processes: bool = False,
+    ) -> None:
+        self.maps = maps
+        self.labels = labels
+        self.logits = logits
+        self.generator = generator
+        self.across_processes = across_processes
+        self._at_size: dict[tuple[str, torch.Size], Tensor] = {}
+
+    def with_maps(self, maps: Mapping[str, Tensor]) -> Batch:
+        """The same step, seen on other maps."""
+        other = Batch(maps, self.labels, self.logits, self.generator, self.across_processes)
+        other._at_size = self._at_size
+        return other
+
+    def of_all_processes(self, values: Tensor) -> Tensor:
+        """(W, ...) values of all W processes that share the batch, with gradients; W is 1 where
+        each process has its own."""
+        return stack_processes(values) if self.across_processes else values[None]
+
+    def label_map(self, feature: str) -> Tensor:
+        """(B, h, w) labels at the size of a map."""
+        key = "labels", self.maps[feature].shape[-2:]
+        if key not in self._at_size:
+            # Contiguous, for it is read several times.
+            self._at_size[key] = downsample_labels(self.labels, key[1]).contiguous()
+        return self._at_size[key]
+
+    def scores(self, feature: str) -> Tensor:
+        """(B, K, h, w) class scores at the size of a map; ValueError where there are none."""
+        if self.logits is None:
+            raise ValueError(
+                "logits=None: the method needs the class scores of the segmentation head."
+            )
+        size = self.maps[feature].shape[-2:]
+        if self.logits.shape[-2:] == size:
+            return self.logits
+        return F.interpolate(self.logits.float(), size=size, mode="bilinear", align_corners=False)
+
+    def predictions(self, feature: str) -> Tensor:
+        """(B, h, w) int64, the most likely class of each pixel of a map.
+
+        Scores are resized, not classes: a resized score is a mixture, a resized class is not.
+        """
+        key = "predictions", self.maps[feature].shape[-2:]
+        if key not in self._at_size:
+            with torch.no_grad():
+                self._at_size[key] = self.scores(feature).argmax(dim=1)
+        return self._at_size[key]
+
+
+class Sampler(Protocol):
+    """Draws pixels from feature maps."""
+
+    def draw(self, batch: Batch, features: Sequence[str]) -> list[PixelDraw]:
+        """One draw per feature map, grouped by class."""
+        ...
 
 
 class BalancedSampler:
     """Draws the same number of pixels from every class, so that no class dominates the contrast.
 
-    Two units of balance:
+    * `balance="class"` (the paper): K pixels of each class in the batch, shared as equally as their
+      pixel counts allow among the images that show the class. K is the pixel count of the rarest
+      class, at most `max_anchors` / number of classes.
+    * `"image_class"` (the official code): V pixels of each (image, class) pair. V is the pixel
+      count of the rarest pair, at most `max_anchors` / number of pairs.
 
-    * `"class"` (the paper): K pixels from each class present in the batch, shared as equally as
-      their pixel counts allow among the images that show the class. K is the pixel count of the
-      rarest class, at most `max_anchors` / number of classes.
-    * `"image_class"` (the release): V pixels from each (image, class) pair. V is the pixel count of
-      the rarest pair, at most `max_anchors` / number of pairs.
+    `max_anchors` is for the batch of all processes. By default each applies an equal share of it to
+    its own images, though at least two anchors per class; across processes, pixels are counted in
+    the global batch, and each process draws the share of its own images.
 
-    Taken literally the rarest class rules all others: one object of five pixels leaves five
-    anchors to every class. Two parameters hold that off. Classes (or pairs) with fewer than
-    `min_pixels` pixels are left out, and `floor` is the least that K (or V) sinks to: a class with
-    fewer pixels than that gives what it has, while the others still give `floor`.
-
-    `max_anchors` is for the batch of all processes together, so that a config means the same
-    number of anchors on any number of GPUs. What the paper states per GPU has to be multiplied by
-    its number of GPUs. By default each process applies an equal share of it to its own images,
-    though at least two anchors per class. With `across_processes` the pixel counts are summed over
-    the processes, the budgets are for the global batch, and each process draws the share of its own
-    images.
-
-    The size of an ordinary draw depends on the labels, so the host waits for the device, once per
-    call. With `fixed_size` it never waits: each scale gives min(`max_anchors`, B * h * w) slots,
-    first the anchors, which are those of the ordinary draw with the same random numbers, then
-    padding. Use it where shapes must not change or the queue of kernels must not run dry, as in
-    CUDA graphs. The price: padded slots enter every product of the loss, so set `max_anchors` near
-    the number that is really drawn.
+    The host waits for the device once per call, to learn how many pixels are drawn. With
+    `fixed_size` it never waits: each scale gives min(`max_anchors`, B * h * w) slots, first the
+    pixels of the ordinary draw, then padding, which enters every product of the loss.
 
     Args:
         num_classes: K.
@@ -127,12 +145,12 @@ class BalancedSampler:
         max_anchors: most anchors per scale, of all processes together.
         min_pixels: classes (or pairs) with fewer pixels at a scale are not drawn at that scale.
         max_per_group: most anchors per class (or pair); None for no such bound.
-        floor: least anchors per class (or pair) that has so many pixels; 0 as in the paper.
-        across_processes: balance the global batch, not the images of each process.
+        min_per_class: least anchors per class (or pair) that has so many pixels; 0 as in the paper,
+            where one object of five pixels leaves five anchors to every class.
         fixed_size: pad the draws to a size that does not depend on the labels.
 
     Raises:
-        ValueError: an argument out of its range, or `fixed_size` with `across_processes`.
+        ValueError: an argument out of its range; in a call, `fixed_size` across processes.
 
     Reference: Pissas et al., ECCV 2022, section 3.3 ("anchor sampling").
     """
@@ -145,8 +163,7 @@ class BalancedSampler:
         max_anchors: int = 10_000,
         min_pixels: int = 1,
         max_per_group: int | None = None,
-        floor: int = 0,
-        across_processes: bool = False,
+        min_per_class: int = 0,
         fixed_size: bool = False,
     ) -> None:
         if balance not in ("class", "image_class"):
@@ -164,24 +181,27 @@ class BalancedSampler:
             raise ValueError(
                 f"max_per_group={max_per_group} leaves no positive pair: set it to 2 or more."
             )
-        if floor < 0:
-            raise ValueError(f"floor={floor}: needs 0 (none) or more.")
-        if fixed_size and across_processes:
-            raise ValueError(
-                "fixed_size=True with across_processes=True: budgets of the global batch pass "
-                "through the host. Set one of them to False."
-            )
+        if min_per_class < 0:
+            raise ValueError(f"min_per_class={min_per_class}: needs 0 (none) or more.")
         self.num_classes = num_classes
         self.balance = balance
         self.max_anchors = max_anchors
         self.min_pixels = min_pixels
         self.max_per_group = max_per_group
-        self.floor = floor
-        self.across_processes = across_processes
+        self.min_per_class = min_per_class
         self.fixed_size = fixed_size
 
+    def draw(self, batch: Batch, features: Sequence[str]) -> list[PixelDraw]:
+        """As in `Sampler`."""
+        label_maps = [batch.label_map(feature) for feature in features]
+        return self(label_maps, batch.generator, batch.across_processes)
+
+    @torch.no_grad()
     def __call__(
-        self, label_maps: Sequence[Tensor], generator: torch.Generator | None = None
+        self,
+        label_maps: Sequence[Tensor],
+        generator: torch.Generator | None = None,
+        across_processes: bool = False,
     ) -> list[PixelDraw]:
         """Draws anchors at every scale.
 
@@ -189,64 +209,71 @@ class BalancedSampler:
             label_maps: S integer maps (B, h, w), one per scale, of the same B images. A value
                 outside 0..K-1 is ignored.
             generator: source of the draw, on the labels' device; None for the default one.
+            across_processes: balance the global batch; every process has to make the call.
 
         Returns:
             S draws, without repeated pixels. A draw may be empty (or all padding).
         """
-        if self.fixed_size:
-            return self._draw(label_maps, generator)
-        return self._draw_outside_graphs(label_maps, generator)  # pyright: ignore[reportCallIssue]
-
-    @torch.compiler.disable
-    def _draw_outside_graphs(
-        self, label_maps: Sequence[Tensor], generator: torch.Generator | None
-    ) -> list[PixelDraw]:
-        """One break of a compiled graph, where the host's numbers would make many."""
-        return self._draw(label_maps, generator)
-
-    @torch.no_grad()
-    def _draw(
-        self, label_maps: Sequence[Tensor], generator: torch.Generator | None
-    ) -> list[PixelDraw]:
+        if self.fixed_size and across_processes:
+            raise ValueError(
+                "fixed_size=True with across_processes=True: budgets of the global batch pass "
+                "through the host. Set one of them to False."
+            )
+        # Two anchors of each class are the least with which it has a positive pair.
+        budget = budget_of_process(self.max_anchors, across_processes)
+        budget = max(budget, 2 * self.num_classes)
         pixels = sort_pixels(label_maps, self.num_classes)
-        budget = self._budget()
+        quotas = quotas_of_process(
+            pixels.counts, lambda counts: self._quotas(counts, budget), across_processes
+        )
         capacities = [min(budget, label_map.numel()) for label_map in label_maps]
         return draw_pixels(
-            label_maps,
-            pixels,
-            self._quotas(pixels.counts),
-            capacities,
-            generator,
-            fixed_size=self.fixed_size,
+            label_maps, pixels, quotas, capacities, generator, fixed_size=self.fixed_size
         )
 
-    def _budget(self) -> int:
-        """Most anchors per scale of the images that are balanced together."""
-        if self.across_processes:
-            return self.max_anchors
-        return max(process_share(self.max_anchors), 2 * self.num_classes)
-
-    def _quotas(self, counts: Tensor) -> Tensor:
-        """How many pixels to draw from each group of this process: (S, K, B) -> (S, K, B)."""
-        if self.across_processes:
-            return quotas_of_all(counts, self._balance)
-        return self._balance(counts)
-
-    def _balance(self, counts: Tensor) -> Tensor:
-        """Applies the budgets: (S, K, B) pixel counts -> (S, K, B) quotas."""
+    def _quotas(self, counts: Tensor, budget: int) -> Tensor:
+        """Applies the budget: (S, K, B) pixel counts -> (S, K, B) quotas."""
         if self.balance == "image_class":
-            return self._wanted(counts)
-        return share_equally(counts, self._wanted(counts.sum(dim=2, keepdim=True)).squeeze(2))
+            return self._wanted(counts, budget)
+        of_classes = self._wanted(counts.sum(dim=2, keepdim=True), budget)
+        return share_equally(counts, of_classes.squeeze(2))
 
-    def _wanted(self, counts: Tensor) -> Tensor:
+    def _wanted(self, counts: Tensor, budget: int) -> Tensor:
         """Quotas by the common target of each scale: (S, ...) sizes of the units of balance."""
         eligible = counts >= self.min_pixels
         num_eligible = eligible.sum(dim=(1, 2), keepdim=True)
         most = torch.iinfo(counts.dtype).max
         rarest = counts.masked_fill(~eligible, most).amin(dim=(1, 2), keepdim=True)
-        target = rarest.clamp(min=self.floor, max=self.max_per_group)
-        target = target.minimum(self._budget() // num_eligible.clamp(min=1))
+        target = rarest.clamp(min=self.min_per_class, max=self.max_per_group)
+        target = target.minimum(budget // num_eligible.clamp(min=1))
         return counts.minimum(target).masked_fill(~eligible, 0)
+
+
+def budget_of_process(max_anchors: int, across_processes: bool) -> int:
+    """Most anchors of the images that are balanced together: the budget, or an equal share of it
+    for each process, rounded up."""
+    return max_anchors if across_processes else -(-max_anchors // world_size())
+
+
+def quotas_of_process(
+    counts: Tensor, quotas_of: Callable[[Tensor], Tensor], across_processes: bool
+) -> Tensor:
+    """Quotas of this process's images, set for the images of all processes where asked for.
+
+    Args:
+        counts: (S, K, B, ...) int64 pixel counts; B may differ between processes.
+        quotas_of: the counts of all images -> their quotas, likewise.
+
+    Returns:
+        (S, K, B, ...) quotas, on the CPU where there are several processes.
+    """
+    if not across_processes or world_size() == 1:
+        return quotas_of(counts)
+    counts = counts.cpu()  # the only wait for the device, in this case
+    gathered: list[Tensor] = [counts] * world_size()
+    dist.all_gather_object(gathered, counts)
+    quotas = quotas_of(torch.cat(gathered, dim=2))
+    return quotas.split([part.shape[2] for part in gathered], dim=2)[dist.get_rank()]
 
 
 class SortedPixels(NamedTuple):
@@ -257,7 +284,7 @@ class SortedPixels(NamedTuple):
 
     Attributes:
         order: (pixels,) int64, the pixels, row-major within each group.
-        bounds: (S * (K + 2) * G + 1,) int64, places in `order` where the groups begin and end.
+        bounds: (S * (K + 2) * G + 1,) int64, where in `order` the groups begin and end.
         counts: (S, K, G) int64, pixels of each group of a class 0..K-1. G is B, or 2 B where the
             images are halved.
     """
@@ -287,7 +314,7 @@ def sort_pixels(
     )
     for label_map, part in zip(label_maps, labels.split(sizes), strict=True):
         part.view_as(label_map).copy_(label_map)
-    # The sort is the largest cost, and goes by the bytes of the keys.
+    # The sort is the largest cost, and it depends on the bytes of the keys.
     dtype = torch.int16 if num_groups < 2**15 else torch.int32
     keys = labels.clamp_(-1, num_classes).to(dtype)
     images = torch.arange(num_images, dtype=dtype, device=device)[:, None]
@@ -353,13 +380,13 @@ def draw_pixels(
     group, first_slot = _group_of_slots(slots, quotas, capacities)
     labels = group // groups_per_class % (num_classes + 2) - 1
     padding = labels == num_classes
-    # A second half goes on with the shuffle of the first, now over the places of both.
+    # A second half goes on with the shuffle of the first, now over the pixels of both.
     leader = group - group % 2 if from_remainder else group
     # Padding is beyond all pixels, where it is in nobody's way.
     first = pixels.bounds[leader].masked_fill_(padding, num_pixels)
     size = pixels.bounds[group + 1] - first
-    place = draw_without_replacement(first, size, slots - first_slot[leader], random[slots])
-    chosen = pixels.order[place % num_pixels]
+    index = draw_without_replacement(first, size, slots - first_slot[leader], random[slots])
+    chosen = pixels.order[index % num_pixels]
     labels.masked_fill_(padding, -1)
 
     draws, first_pixel = [], 0
@@ -406,14 +433,13 @@ def share_equally(counts: Tensor, wanted: Tensor) -> Tensor:
 
 
 def draw_without_replacement(first: Tensor, size: Tensor, rank: Tensor, random: Tensor) -> Tensor:
-    """Draws places from ranges of places, none twice, every subset of a range equally likely.
+    """Draws indices from ranges, none twice, every subset of a range equally likely.
 
-    The Fisher-Yates shuffle, of which only the drawn head is computed, for all draws of all ranges
-    at once. In sequence it reads: for each draw, swap place `first + rank` with a random one that
-    is not before it in the range; what comes to `first + rank` is drawn. That is what the random
-    place held from the beginning, unless an earlier draw swapped into it: then, what that draw had
-    at its own place. Sorting the swaps by place finds the earlier draw, and pointer doubling what
-    was at its place, which a still earlier draw may have brought there.
+    The head of a Fisher-Yates shuffle, for all ranges at once. In sequence it reads: each draw
+    swaps index `first + rank` with a random one that is not before it in the range; what comes to
+    `first + rank` is drawn. That is what the random index held from the beginning, unless an
+    earlier draw swapped into it: then, what that draw had at its own index. Sorting the swaps finds
+    the earlier draw, and pointer doubling what a still earlier one may have brought there.
 
     Args:
         first: (A,) int64, where the range of each draw begins. Ranges must not overlap; draws of
@@ -423,29 +449,29 @@ def draw_without_replacement(first: Tensor, size: Tensor, rank: Tensor, random: 
         random: (A,) int64, uniform in 0..2^62-1.
 
     Returns:
-        (A,) int64 places.
+        (A,) int64 indices.
 
     Reference: Durstenfeld, "Algorithm 235: random permutation", Communications of the ACM, 1964.
     """
-    index = torch.arange(len(first), device=first.device)
+    number = torch.arange(len(first), device=first.device)
     own = first + rank
     swapped = own + random % (size - rank).clamp(min=1)
 
-    # Draws that swapped into the same place are neighbours, the earlier before the later.
-    places, draws = swapped.sort(stable=True)
-    before, repeated = draws.roll(1), places == places.roll(1)
+    # Draws that swapped into the same index are neighbours, the earlier before the later.
+    indices, draws = swapped.sort(stable=True)
+    before, repeated = draws.roll(1), indices == indices.roll(1)
     repeated[:1] = False
-    # The draw that swapped into the same place before; the draw itself where there is none.
+    # The draw that swapped into the same index before; the draw itself where there is none.
     earlier = torch.empty_like(draws).scatter_(0, draws, torch.where(repeated, before, draws))
 
-    # The draw that brought to the own place of each draw what it holds when its turn comes: the
+    # The draw that brought to the own index of each draw what it holds when its turn comes: the
     # last one that swapped into it, or the draw itself where there is none. (A draw that stays
-    # where it is finds itself too, but nobody asks: no later draw has to do with its place.)
-    last = draws[(torch.searchsorted(places, own, right=True) - 1).clamp(min=0)]
-    origin = torch.where(swapped[last] == own, last, index)
+    # where it is finds itself too, but nobody asks: no later draw has to do with its index.)
+    last = draws[(torch.searchsorted(indices, own, right=True) - 1).clamp(min=0)]
+    origin = torch.where(swapped[last] == own, last, number)
     for _ in range(len(first).bit_length()):  # no chain is longer than the draws are many
         origin = origin.index_select(0, origin)
-    return torch.where(earlier == index, swapped, own[origin[earlier]])
+    return torch.where(earlier == number, swapped, own[origin[earlier]])
 
 
 def _group_of_slots(

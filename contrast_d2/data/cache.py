@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..files import write_atomically
+
 logger = logging.getLogger(__name__)
 
 
@@ -78,14 +80,9 @@ class PixelCache:
         return os.path.join(self.folder, key[:2], f"{key[2:]}.npy")
 
     def _keep(self, entry: str, pixels: np.ndarray) -> None:
-        temporary = f"{entry}.{os.getpid()}.tmp"
         try:
             os.makedirs(os.path.dirname(entry), exist_ok=True)
-            with open(temporary, "wb") as file:
-                np.save(file, pixels, allow_pickle=False)
-            os.replace(temporary, entry)
+            write_atomically(entry, lambda file: np.save(file, pixels, allow_pickle=False))
         except OSError as error:
             self._keeps_more = False
             logger.warning("No more images are kept in %s: %s", self.folder, error)
-            if os.path.exists(temporary):
-                os.remove(temporary)

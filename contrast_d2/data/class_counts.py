@@ -21,6 +21,7 @@ import numpy as np
 from detectron2.data import MetadataCatalog
 from iopath.common.file_io import file_lock
 
+from ..files import write_atomically
 from .datasets import read_records
 from .labels import LabelMap, load_labels
 
@@ -135,11 +136,7 @@ def _load(path: str, shape: tuple[int, int]) -> np.ndarray | None:
 
 
 def _save(path: str, counts: np.ndarray) -> None:
-    """Writes a file that is whole at any moment at which it is there."""
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as file:
-            np.savez_compressed(file, counts=counts)
-        os.replace(temporary, path)
+        write_atomically(path, lambda file: np.savez_compressed(file, counts=counts))
     except OSError as error:
         logger.warning("Counts of classes are not kept: %s cannot be written (%s)", path, error)

@@ -6,6 +6,7 @@ at any point leaves complete files only, and the next run goes on from them.
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 from collections import Counter
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ..files import write_atomically
 from .datasets import read_records
 from .files import datasets_root
 
@@ -79,11 +81,13 @@ def run_plan(plan: Plan, *, workers: int, partial: bool = False, title: str = ""
     missing = [job for job in plan.jobs if not _is_written(job.target)]
     for folder in {os.path.dirname(job.target) for job in missing}:
         os.makedirs(folder, exist_ok=True)
+        for left in glob.glob(os.path.join(glob.escape(folder), "*.tmp")):  # by a killed process
+            os.unlink(left)
     _write_all(missing, workers, title)
     for path, lines in plan.lists.items():
         os.makedirs(os.path.dirname(path), exist_ok=True)
         text = "".join(f"{line}\n" for line in lines)
-        _write_complete(path, lambda part, text=text: _write_text(part, text))
+        write_atomically(path, lambda file, text=text: file.write(text.encode()))
     images = _count_images(plan.counts, partial)
     _check_counts(images, plan.counts, "images", partial)
     return Summary(len(missing), len(plan.jobs) - len(missing), images)
@@ -146,21 +150,4 @@ def _is_written(path: str) -> bool:
 
 def _write_labels(job: Job) -> None:
     labels = job.make()
-    _write_complete(job.target, lambda part: Image.fromarray(labels).save(part, format="PNG"))
-
-
-def _write_complete(path: str, write: Callable[[str], None]) -> None:
-    """Writes a file so that under its own name it is complete or absent."""
-    part = path + ".tmp"
-    try:
-        write(part)
-        os.replace(part, path)
-    except BaseException:
-        if os.path.exists(part):
-            os.remove(part)
-        raise
-
-
-def _write_text(path: str, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
+    write_atomically(job.target, lambda file: Image.fromarray(labels).save(file, format="PNG"))

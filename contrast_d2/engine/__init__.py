@@ -1,10 +1,9 @@
 """Training and evaluation jobs: config, launch, trainer, checkpoints."""
 
+from ..config.loading import argument_parser, import_modules, load_config
 from .build import build_evaluation, build_model, build_optimizer, load_trained
 from .checkpoint import Checkpointer, find_resumable, last_checkpoint
 from .checks import check_classes, check_config, check_crop, one_line_errors
-from .config import argument_parser, import_modules, load_config
-from .dashboard import build_dashboard
 from .determinism import compute_deterministically
 from .hooks import BestCheckpointer, MetricsWriter, PeriodicCheckpointer, WeightAverage
 from .launch import check_launch, join_torchrun, run_process, tell_failure, under_torchrun
@@ -22,7 +21,6 @@ __all__ = [
     "WeightAverage",
     "argument_parser",
     "begin_run",
-    "build_dashboard",
     "build_evaluation",
     "build_model",
     "build_optimizer",

@@ -13,9 +13,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 from torch import nn
 
+from ..files import write_durably
 from ..segmentor import is_training_only
 from ..weights import averaged_weights, read_weights
-from .files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -267,14 +267,14 @@ class Checkpointer(DetectionCheckpointer):
             data[key] = checkpointable.state_dict()
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
-        write_atomically(path, lambda file: torch.save(data, file))
+        write_durably(path, lambda file: torch.save(data, file))
         if is_last:
             self.tag_last_checkpoint(os.path.basename(path))
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Makes a file of `save_dir` the one that `--resume` starts from."""
         path = os.path.join(self.save_dir, "last_checkpoint")
-        write_atomically(path, lambda file: file.write(last_filename_basename.encode()))
+        write_durably(path, lambda file: file.write(last_filename_basename.encode()))
 
 
 def _read_name(path: str) -> str:

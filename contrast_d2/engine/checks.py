@@ -26,7 +26,7 @@ _LEAST = (
     ("checkpointer.max_to_keep", 1),
     ("log_period", 1),
     ("eval_period", 0),
-    ("dashboard_period", 0),
+    ("dashboard.period", 1),
     ("seed", 0),
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -16,9 +17,9 @@ from detectron2.utils.events import EventWriter
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from ..files import stop_when_disk_is_full, write_durably
 from ..segmentor import inference_state_dict
 from .checkpoint import Checkpointer, training_checkpoints
-from .files import keep_metrics_until, stop_when_disk_is_full
 
 # Over so many values detectron2's writers take a scalar's median.
 _WINDOW = 20
@@ -227,3 +228,31 @@ class MetricsWriter(hooks.PeriodicWriter):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._written = state_dict["written"]
         self._resumed = state_dict
+
+
+def keep_metrics_until(path: str, iteration: int) -> None:
+    """Drops from a metrics.json the rows that a resumed run writes anew, and torn ones.
+
+    A run that is killed has written metrics of iterations after its last checkpoint, and a kill
+    within a row would have the next one continue it.
+
+    Args:
+        path: of the file, which need not be there.
+        iteration: of the last row when the checkpoint was written that is resumed from.
+    """
+    if not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        lines = file.readlines()
+    kept = [line for line in lines if _iteration_of(line) <= iteration]
+    if len(kept) < len(lines):
+        logger.info("%s: %d rows are written anew", path, len(lines) - len(kept))
+        write_durably(path, lambda file: file.writelines(kept))
+
+
+def _iteration_of(line: bytes) -> float:
+    """Of a row of metrics; infinite for a torn one."""
+    try:
+        return json.loads(line)["iteration"] if line.endswith(b"\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

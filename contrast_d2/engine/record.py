@@ -26,9 +26,9 @@ from omegaconf import DictConfig
 from torch import nn
 
 from .. import __version__
+from ..files import stop_when_disk_is_full, write_durably
 from ..segmentor import inference_state_dict
 from .checkpoint import training_checkpoints
-from .files import stop_when_disk_is_full, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def save_inference_weights(model: nn.Module, output_dir: str) -> None:
     """Writes `model_inference.pth`: the weights without those of the contrast method."""
     path = os.path.join(output_dir, "model_inference.pth")
     state = {"model": inference_state_dict(model)}
-    write_atomically(path, lambda file: torch.save(state, file))
+    write_durably(path, lambda file: torch.save(state, file))
     logger.info("Weights without the contrast method: %s", path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from contrast_d2.ablation import Ablation, Variant, collect_results, write_page
+from contrast_d2.studio.ablation import Ablation, Variant, collect_results, write_page
 from tests.evaluation.test_summary import write_run
 
 ABLATION = Ablation(

@@ -16,7 +16,8 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from contrast_d2.ablation import (
+from contrast_d2.engine import load_config
+from contrast_d2.studio.ablation import (
     Ablation,
     Cell,
     Variant,
@@ -25,7 +26,6 @@ from contrast_d2.ablation import (
     read_definition,
     train_cells,
 )
-from contrast_d2.engine import load_config
 
 from .stand_in import ITERATIONS
 

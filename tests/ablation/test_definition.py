@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from contrast_d2.ablation import Variant, read_definition
+from contrast_d2.studio.ablation import Variant, read_definition
 
 GOOD = """\
 title: Two of them

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from contrast_d2.ablation import (
+from contrast_d2.evaluation.summary import mean_difference, summarize_runs
+from contrast_d2.studio.ablation import (
     Variant,
     ablation_table,
     collect_results,
     plot_variants,
     write_page,
 )
-from contrast_d2.ablation.results import table_rows
-from contrast_d2.evaluation.summary import mean_difference, summarize_runs
+from contrast_d2.studio.ablation.results import table_rows
 from tests.evaluation.test_summary import write_run
 
 from .made import ABLATION, PARAMETERS, SCORES, made_folders, timed_run

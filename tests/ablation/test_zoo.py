@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from contrast_d2.ablation import model_zoo
 from contrast_d2.evaluation.summary import summarize_runs
+from contrast_d2.studio.ablation import model_zoo
 from tests.evaluation.test_summary import write_run
 
 ROOT = Path(__file__).parents[2]

@@ -35,15 +35,20 @@ STAGES = [
 ]
 
 
-@pytest.mark.parametrize("freeze_at", [0, 1, 2, 5])
-@pytest.mark.parametrize(("name", "stages"), STAGES, ids=[name for name, _ in STAGES])
-def test_stages_are_counted_as_in_detectron2(name: str, stages: list[str], freeze_at: int) -> None:
-    with torch.device("meta"):
-        model = TimmBackbone(name, freeze_at=freeze_at).model
-    expected = set(" ".join(stages[:freeze_at]).split())
-    found = {n.partition(".")[0] for n, p in model.named_parameters() if not p.requires_grad}
-    assert found == expected
-    assert all(not p.requires_grad for part in found for p in getattr(model, part).parameters())
+def test_stages_are_counted_as_in_detectron2(subtests: pytest.Subtests) -> None:
+    for freeze_at in [0, 1, 2, 5]:
+        for name, stages in STAGES:
+            with subtests.test(freeze_at=freeze_at, name=name, stages=stages):
+                with torch.device("meta"):
+                    model = TimmBackbone(name, freeze_at=freeze_at).model
+                expected = set(" ".join(stages[:freeze_at]).split())
+                found = {
+                    n.partition(".")[0] for n, p in model.named_parameters() if not p.requires_grad
+                }
+                assert found == expected
+                assert all(
+                    not p.requires_grad for part in found for p in getattr(model, part).parameters()
+                )
 
 
 def test_detectron2_freezes_the_same_of_a_resnet() -> None:
@@ -118,15 +123,13 @@ def test_unused_branches_of_hrnet_do_not_train() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_mistakes_are_told_in_one_line(subtests: pytest.Subtests) -> None:
+    for arguments, message in [
         ({"name": "resnet18", "freeze_at": 6}, "freeze_at=6: choose 0 for none"),
         ({"name": "resnet18", "freeze_at": -1}, "freeze_at=-1: choose 0 for none"),
         ({"name": "twins_svt_small", "freeze_at": 1}, "only be frozen together, with freeze_at=2"),
-    ],
-)
-def test_mistakes_are_told_in_one_line(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error, torch.device("meta"):
-        TimmBackbone(**arguments)
-    assert "\n" not in str(error.value)
+    ]:
+        with subtests.test(arguments=arguments):
+            with pytest.raises(ValueError, match=message) as error, torch.device("meta"):
+                TimmBackbone(**arguments)
+            assert "\n" not in str(error.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import timm
 import torch
@@ -16,14 +18,15 @@ from .rows import NAMES, TIMM_ROWS, TIMM_SHAPES, wake_residuals
 SWIN = "swin_tiny_patch4_window7_224"
 
 
-@pytest.mark.parametrize("row", TIMM_ROWS, ids=[row.name for row in TIMM_ROWS])
-def test_shapes_are_known_without_building(row) -> None:
-    name, stride = row.name.split("-")[0], 8 if row.strides[-1] == 8 else None
-    shapes = feature_shapes(name, output_stride=stride)
-    assert shapes == row.build().output_shape()
-    assert feature_channels(name, output_stride=stride) == dict(
-        zip(shapes, row.channels, strict=True)
-    )
+def test_shapes_are_known_without_building(subtests: pytest.Subtests) -> None:
+    for row in TIMM_ROWS:
+        with subtests.test(row=row):
+            name, stride = row.name.split("-")[0], 8 if row.strides[-1] == 8 else None
+            shapes = feature_shapes(name, output_stride=stride)
+            assert shapes == row.build().output_shape()
+            assert feature_channels(name, output_stride=stride) == dict(
+                zip(shapes, row.channels, strict=True)
+            )
 
 
 def test_shapes_of_a_subset_are_in_order_from_fine_to_coarse() -> None:
@@ -33,46 +36,46 @@ def test_shapes_of_a_subset_are_in_order_from_fine_to_coarse() -> None:
     ]
 
 
-@pytest.mark.parametrize(("name", "channels"), TIMM_SHAPES.items())
-def test_maps_of_a_wide_image(name: str, channels: tuple[int, ...]) -> None:
-    with torch.device("meta"):
-        backbone = TimmBackbone(name)
-        found = backbone(torch.empty(1, 3, 512, 1024))
-    assert {n: tuple(x.shape[1:]) for n, x in found.items()} == {
-        n: (c, 512 // s, 1024 // s) for n, c, s in zip(NAMES, channels, (4, 8, 16, 32), strict=True)
-    }
-    assert {n: (s.channels, s.stride) for n, s in backbone.output_shape().items()} == {
-        n: (c, s) for n, c, s in zip(NAMES, channels, (4, 8, 16, 32), strict=True)
-    }
+def test_maps_of_a_wide_image(subtests: pytest.Subtests) -> None:
+    for name, channels in TIMM_SHAPES.items():
+        with subtests.test(name=name, channels=channels):
+            with torch.device("meta"):
+                backbone = TimmBackbone(name)
+                found = backbone(torch.empty(1, 3, 512, 1024))
+            assert {n: tuple(x.shape[1:]) for n, x in found.items()} == {
+                n: (c, 512 // s, 1024 // s)
+                for n, c, s in zip(NAMES, channels, (4, 8, 16, 32), strict=True)
+            }
+            assert {n: (s.channels, s.stride) for n, s in backbone.output_shape().items()} == {
+                n: (c, s) for n, c, s in zip(NAMES, channels, (4, 8, 16, 32), strict=True)
+            }
 
 
-@pytest.mark.parametrize(
-    ("output_stride", "strides", "dilations"),
-    [
+def test_output_stride_is_traded_for_dilation(subtests: pytest.Subtests) -> None:
+    for output_stride, strides, dilations in [
         (8, (4, 8, 8, 8), (1, 1, 2, 4)),
         (16, (4, 8, 16, 16), (1, 1, 1, 2)),
         (32, (4, 8, 16, 32), (1, 1, 1, 1)),
-    ],
-)
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101"])
-def test_output_stride_is_traded_for_dilation(
-    name: str, output_stride: int, strides: tuple[int, ...], dilations: tuple[int, ...]
-) -> None:
-    with torch.device("meta"):
-        backbone = TimmBackbone(name, output_stride=output_stride)
-        found = backbone(torch.empty(1, 3, 128, 192))
-    assert [tuple(x.shape[2:]) for x in found.values()] == [(128 // s, 192 // s) for s in strides]
-    assert [s.stride for s in backbone.output_shape().values()] == list(strides)
-    assert backbone.size_divisibility == output_stride
-    for stage, dilation in enumerate(dilations, start=1):
-        blocks = list(getattr(backbone.model, f"layer{stage}"))
-        spatial = [
-            m
-            for block in blocks[1:]
-            for m in block.modules()
-            if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)
-        ]
-        assert spatial and {conv.dilation for conv in spatial} == {(dilation, dilation)}
+    ]:
+        for name in ["resnet18", "resnet50", "resnet101"]:
+            with subtests.test(output_stride=output_stride, name=name):
+                with torch.device("meta"):
+                    backbone = TimmBackbone(name, output_stride=output_stride)
+                    found = backbone(torch.empty(1, 3, 128, 192))
+                assert [tuple(x.shape[2:]) for x in found.values()] == [
+                    (128 // s, 192 // s) for s in strides
+                ]
+                assert [s.stride for s in backbone.output_shape().values()] == list(strides)
+                assert backbone.size_divisibility == output_stride
+                for stage, dilation in enumerate(dilations, start=1):
+                    blocks = list(getattr(backbone.model, f"layer{stage}"))
+                    spatial = [
+                        m
+                        for block in blocks[1:]
+                        for m in block.modules()
+                        if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)
+                    ]
+                    assert spatial and {conv.dilation for conv in spatial} == {(dilation, dilation)}
 
 
 def by_timm(name: str, backbone: TimmBackbone, images: Tensor, **options) -> list[Tensor]:
@@ -156,9 +159,8 @@ def test_stochastic_depth_acts_in_training_only(name: str) -> None:
     assert torch.equal(*evaluation)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_mistakes_are_told_in_one_line(subtests: pytest.Subtests) -> None:
+    for arguments, message in [
         ({"name": "resnt18"}, "no model 'resnt18'. Did you mean 'resnet18'"),
         ({"name": "resnet18.a1_in1kk"}, "Did you mean 'resnet18.a1_in1k'"),
         ({"name": "resnet18", "out_features": ["res2", "p3"]}, r"\['res2', 'p3'\].*'res5'\]"),
@@ -168,12 +170,11 @@ def test_stochastic_depth_acts_in_training_only(name: str) -> None:
         ({"name": "resnet18", "output_stride": 7}, "cannot have output_stride=7"),
         ({"name": "hrnet_w18_small", "drop_path_rate": 0.1}, "cannot have drop_path_rate=0.1"),
         ({"name": "coatnet_0_224", "pretrained": True}, "no pretrained weights of coatnet_0_224"),
-    ],
-)
-def test_mistakes_are_told_in_one_line(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
-        TimmBackbone(**arguments)
-    assert "\n" not in str(error.value)
+    ]:
+        with subtests.test(arguments=arguments):
+            with pytest.raises(ValueError, match=message) as error:
+                TimmBackbone(**arguments)
+            assert "\n" not in str(error.value)
 
 
 def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -187,24 +188,19 @@ class ProxyError(Exception):
     """As HTTP libraries have it: of no class that this project knows."""
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
+def test_whatever_a_download_fails_with_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
+) -> None:
+    for error in [
         LocalEntryNotFoundError("nothing in the cache\nand no connection"),
         ConnectionError("refused"),
         TimeoutError("the read timed out"),
         ProxyError("407"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_whatever_a_download_fails_with_is_told_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, error: Exception
-) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
-        raise error
-
-    monkeypatch.setattr("timm.models._hub.hf_hub_download", fail)
-    with pytest.raises(ValueError, match="model.backbone.weights_file=FILE") as caught:
-        TimmBackbone("resnet18", pretrained=True)
-    assert str(error).splitlines()[0] in str(caught.value)
-    assert "\n" not in str(caught.value)
+    ]:
+        with subtests.test(error=error):
+            fail = mock.Mock(side_effect=error)
+            monkeypatch.setattr("timm.models._hub.hf_hub_download", fail)
+            with pytest.raises(ValueError, match="model.backbone.weights_file=FILE") as caught:
+                TimmBackbone("resnet18", pretrained=True)
+            assert str(error).splitlines()[0] in str(caught.value)
+            assert "\n" not in str(caught.value)

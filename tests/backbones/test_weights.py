@@ -101,9 +101,8 @@ def change_type(state: dict[str, Tensor]) -> None:
     state["conv1.weight"] = "a text"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_what_does_not_fit_is_named(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for change, message in [
         (
             change_missing,
             r"2 of the weights are missing \(bn1.running_mean, layer1.0.conv1.weight\)\.",
@@ -118,16 +117,15 @@ def change_type(state: dict[str, Tensor]) -> None:
             r"\(64, 3, 7, 7\) here\)\.",
         ),
         (change_type, r"another shape \(conv1.weight is str there"),
-    ],
-)
-def test_what_does_not_fit_is_named(change, message: str, tmp_path: Path) -> None:
-    state = random_state("resnet18")
-    change(state)
-    path = tmp_path / "weights.pth"
-    torch.save(state, path)
-    with pytest.raises(ValueError, match=message) as error:
-        TimmBackbone("resnet18", weights_file=str(path))
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    ]:
+        with subtests.test(change=change):
+            state = random_state("resnet18")
+            change(state)
+            path = tmp_path / "weights.pth"
+            torch.save(state, path)
+            with pytest.raises(ValueError, match=message) as error:
+                TimmBackbone("resnet18", weights_file=str(path))
+            assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["resnet34", SWIN, "convnext_atto"])
@@ -156,21 +154,26 @@ def test_no_code_of_a_file_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [("a.pth", b""), ("a.pth", b"text"), ("a.safetensors", b"text"), ("list.pth", None)],
-)
-def test_what_is_no_checkpoint_is_refused(name: str, content: bytes | None, tmp_path: Path) -> None:
-    path = tmp_path / name
-    if content is None:
-        torch.save([torch.zeros(1)], path)
-    else:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name} (cannot be read as|holds a list)") as error:
-        TimmBackbone("resnet18", weights_file=str(path))
-    assert "\n" not in str(error.value)
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for name, content in [
+        ("a.pth", b""),
+        ("a.pth", b"text"),
+        ("a.safetensors", b"text"),
+        ("list.pth", None),
+    ]:
+        with subtests.test(name=name):
+            path = tmp_path / name
+            if content is None:
+                torch.save([torch.zeros(1)], path)
+            else:
+                path.write_bytes(content)
+            with pytest.raises(
+                ValueError, match=f"{name} (cannot be read as|holds a list)"
+            ) as error:
+                TimmBackbone("resnet18", weights_file=str(path))
+            assert "\n" not in str(error.value)
 
 
 def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(ValueError, match="weights_file=no/such.pth: there is no such file"):
+    with pytest.raises(ValueError, match="weights_file=no/such.pth"):
         TimmBackbone("resnet18", weights_file="no/such.pth")

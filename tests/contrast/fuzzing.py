@@ -6,7 +6,8 @@ Shape letters: B images, C channels, K classes, D embedding width, H W the label
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from contrast_d2.contrast import (
     BalancedSampler,
     BoundaryNegatives,
     Contextrast,
+    ContextrastPlus,
     ContrastMethod,
     ContrastSum,
     HardAnchorSampler,
@@ -87,6 +89,7 @@ class Case:
         projector: options of `MultiScaleProjector`.
         options: of the method.
         parts: options of its sampler, memory and so on, by name.
+        methods: those of a sum.
     """
 
     method: str
@@ -94,6 +97,7 @@ class Case:
     projector: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    methods: tuple[Case, ...] = ()
 
 
 # --- Batches
@@ -193,24 +197,14 @@ weights = st.sampled_from([1e-3, 0.1, 1.0])
 
 
 @st.composite
-def projectors(draw: st.DrawFn) -> dict[str, Any]:
-    hidden = draw(st.integers(0, 2))
-    norm = draw(st.sampled_from(["batch", "layer", None]))
+def projectors(draw: st.DrawFn, dense: bool = True) -> dict[str, Any]:
     return {
         "embed_dim": draw(st.sampled_from([1, 2, 8])),
-        "num_hidden": hidden,
-        "norm": norm,
+        "num_hidden": draw(st.integers(0, 2)),
+        "norm": draw(st.sampled_from(["batch", "layer", None])),
         "order": draw(st.sampled_from(["relu_norm", "norm_relu"])),
-        "max_hidden_channels": draw(st.sampled_from([None, 3])),
+        "projection": "dense" if dense else draw(st.sampled_from(["dense", "sampled"])),
     }
-
-
-def _has_batch_norm(projector: Mapping[str, Any]) -> bool:
-    return projector["norm"] == "batch" and projector["num_hidden"] > 0
-
-
-def products(batch: Batch) -> st.SearchStrategy[str]:
-    return st.just("fp32") if batch.precision == "fp64" else st.sampled_from(["fp32", "bf16"])
 
 
 def boundary_options() -> st.SearchStrategy[dict[str, Any] | None]:
@@ -221,57 +215,51 @@ def boundary_options() -> st.SearchStrategy[dict[str, Any] | None]:
     return st.none() | st.fixed_dictionaries(options)
 
 
-@st.composite
-def multi_scale(draw: st.DrawFn) -> Case:
-    batch = draw(batches())
-    projector = draw(projectors())
-    names = list(CHANNELS)
-    scales = draw(st.lists(st.sampled_from(names), unique=True, max_size=3))
-    pairs = [(a, b) for a in names for b in names if a < b]
-    cross = draw(st.lists(st.sampled_from(pairs), unique=True, min_size=not scales, max_size=3))
-    projection = draw(st.sampled_from(["dense", "sampled"]))
-    choose = projection == "sampled" and _has_batch_norm(projector)
+def samplers(draw: st.DrawFn, batch: Batch) -> dict[str, Any]:
     least = 2 * batch.num_classes
-    sampler = {
+    return {
         "balance": draw(st.sampled_from(["class", "image_class"])),
         "max_anchors": draw(st.sampled_from([least, least + 20, 10_000])),
         "min_pixels": draw(st.sampled_from([1, 5])),
+    }
+
+
+@st.composite
+def multi_scale(draw: st.DrawFn) -> Case:
+    batch = draw(batches())
+    names = list(CHANNELS)
+    scales = draw(st.lists(st.sampled_from(names), unique=True, max_size=3))
+    pairs = [(a, b) for a in names for b in names if a != b]
+    cross = draw(st.lists(st.sampled_from(pairs), unique=True, min_size=not scales, max_size=3))
+    sampler = {
+        **samplers(draw, batch),
         "max_per_group": draw(st.sampled_from([None, 2, 10])),
-        "floor": draw(st.sampled_from([0, 5])),
+        "min_per_class": draw(st.sampled_from([0, 5])),
         "fixed_size": draw(st.booleans()),
     }
     options = {
         "scale_weights": {name: draw(weights) for name in scales},
         "cross_scale": [(a, b, draw(weights)) for a, b in cross],
         "temperature": draw(temperatures),
-        "cross_temperature": draw(st.none() | temperatures),
-        "symmetric": draw(st.booleans()),
-        "detach_contrast": draw(st.booleans()),
         "count_empty_anchors": draw(st.booleans()),
-        "projection": projection,
-        "norm_statistics": draw(st.sampled_from(["map", "draw"])) if choose else None,
-        "products": draw(products(batch)),
+        "warmup_iters": draw(st.sampled_from([0, 0, 1])),
     }
     parts = {"sampler": sampler, "negatives": draw(boundary_options())}
-    return Case("multi_scale", batch, projector, options, _given(parts))
+    return Case("multi_scale", batch, draw(projectors(dense=False)), options, _given(parts))
 
 
 @st.composite
 def pixel(draw: st.DrawFn) -> Case:
     batch = draw(batches(most_steps=4))
-    projector = draw(projectors())
     sampler = {
-        "balance": draw(st.sampled_from(["class", "image_class"])),
-        "max_anchors": draw(st.sampled_from([2 * batch.num_classes, 10_000])),
+        **samplers(draw, batch),
         "max_per_group": draw(st.sampled_from([1, 2, 50])),
-        "min_pixels": draw(st.sampled_from([1, 5])),
         "hard_share": draw(st.sampled_from([0.0, 0.5, 1.0])),
-        "rest": draw(st.sampled_from(["random", "easy"])),
+        "fill_from": draw(st.sampled_from(["random", "easy"])),
     }
-    memory = draw(st.none() | memories())
     parts = {
         "sampler": sampler,
-        "memory": memory,
+        "memory": draw(st.none() | memories()),
         "pairs": draw(st.none() | semi_hard_pairs()),
     }
     if parts["pairs"] is None:
@@ -279,14 +267,9 @@ def pixel(draw: st.DrawFn) -> Case:
     options = {
         "feature": draw(st.sampled_from(list(CHANNELS))),
         "temperature": draw(temperatures),
-        "base_temperature": draw(st.none() | temperatures),
         "warmup_iters": draw(st.integers(0, 2)),
-        "ramp_iters": draw(st.integers(0, 2)),
-        "products": draw(products(batch)),
     }
-    if memory is not None:
-        options["memory_per_class"] = draw(st.sampled_from([None, 1, 5]))
-        options["contrast_batch"] = draw(st.booleans())
+    projector = draw(projectors(dense=parts["memory"] is not None))
     return Case("pixel", batch, projector, options, _given(parts))
 
 
@@ -296,6 +279,7 @@ def memories() -> st.SearchStrategy[dict[str, Any]]:
         "regions_per_class": st.sampled_from([0, 1, 3, 50]),
         "pixels_per_class": st.sampled_from([2, 8, 200]),
         "pixels_per_image": st.sampled_from([1, 2]),
+        "max_per_class": st.sampled_from([None, 1, 5]),
         "dtype": st.sampled_from(["fp32", "fp16"]),
     }
     return st.fixed_dictionaries(options)
@@ -310,77 +294,65 @@ def semi_hard_pairs() -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries(options)
 
 
-@st.composite
-def contextrast(draw: st.DrawFn) -> Case:
-    batch = draw(batches(most_steps=3))
-    layers = draw(st.lists(st.sampled_from(list(CHANNELS)), unique=True, min_size=1))
-    options = {
-        "layers": {name: draw(weights) for name in layers},
+def layers(draw: st.DrawFn, least: int) -> dict[str, Any]:
+    names = draw(st.lists(st.sampled_from(list(CHANNELS)), unique=True, min_size=least))
+    return {
+        "layers": {name: draw(weights) for name in names},
         "temperature": draw(temperatures),
         "deepest_weight": draw(st.sampled_from([0.0, 0.5, 1.0])),
-        "detach_deepest": draw(st.booleans()),
-        "normalize_anchors": draw(st.booleans()),
+        "warmup_iters": draw(st.integers(0, 1)),
+    }
+
+
+@st.composite
+def contextrast(draw: st.DrawFn) -> Case:
+    options = {
+        **layers(draw, 1),
         "boundary_fraction": draw(st.sampled_from([0.01, 0.5, 1.0])),
         "negatives": draw(st.sampled_from(["other_classes", "false_positives", "own_class"])),
-        "extra_negatives": draw(st.sampled_from([0, 5, 10_000])),
-        "min_pixels": draw(st.sampled_from([1, 5])),
-        "fusion": draw(st.sampled_from(["static", "adaptive"])) if len(layers) > 1 else "static",
-        "anchor_memory": draw(st.sampled_from([0, 1, 2, 100])),
-        "warmup_iters": draw(st.integers(0, 1)),
-        "ramp_iters": draw(st.integers(0, 2)),
     }
-    return Case("contextrast", batch, draw(projectors()), options)
+    return Case("contextrast", draw(batches(most_steps=3)), draw(projectors()), options)
+
+
+@st.composite
+def contextrast_plus(draw: st.DrawFn) -> Case:
+    options = {**layers(draw, 2), "anchor_memory": draw(st.sampled_from([1, 2, 100]))}
+    return Case("contextrast_plus", draw(batches(most_steps=3)), draw(projectors()), options)
 
 
 @st.composite
 def pne(draw: st.DrawFn) -> Case:
-    batch = draw(batches(most_steps=2))
-    negatives = draw(st.sampled_from(["anchors", "skip", "image"]))
     options = {
         "feature": draw(st.sampled_from(list(CHANNELS))),
         "temperature": draw(temperatures),
         "samples_per_group": draw(st.sampled_from([1, 3, 100])),
-        "max_hard": draw(st.sampled_from([1.0, 0.3])),
-        "min_hard": draw(st.sampled_from([1, 2])),
-        "empty_negatives": negatives,
-        "draw": draw(st.sampled_from(["random", "raster"])),
-        "scale": draw(st.sampled_from(["paper", "mean"])),
-        "confidence_weights": draw(st.booleans()),
-        "detach_anchor_norm": draw(st.booleans()),
-        "allow_absent_predictions": negatives != "skip" and draw(st.booleans()),
+        "max_hard": draw(st.sampled_from([1.0, 0.3, 1, 50])),
+        "official_code": draw(st.booleans()),
         "warmup_iters": draw(st.integers(0, 1)),
-        "ramp_iters": draw(st.integers(0, 2)),
     }
-    return Case("pne", batch, draw(projectors()), options)
+    return Case("pne", draw(batches(most_steps=2)), draw(projectors()), options)
 
 
 @st.composite
 def contrast_sum(draw: st.DrawFn) -> Case:
-    """Two or three methods, of one projector's options, so that heads can be shared."""
+    """Two or three methods, with the batch and the heads of the first."""
     chosen = draw(
         st.lists(
-            st.sampled_from([multi_scale, pixel, contextrast, pne]),
+            st.sampled_from([multi_scale, pixel, contextrast, contextrast_plus, pne]),
             unique=True,
             min_size=2,
             max_size=3,
         )
     )
     cases = [draw(strategy()) for strategy in chosen]
-    first = cases[0]
-    parts = {}
+    first, methods = cases[0], []
     for case in cases:
-        # A budget, and what normalises, go with the classes and the projector of the first.
-        options = dict(case.options)
-        if case.method == "multi_scale" and options["projection"] == "sampled":
-            options["norm_statistics"] = "draw" if _has_batch_norm(first.projector) else None
-        if first.batch.precision == "fp64" and "products" in options:
-            options["products"] = "fp32"
-        own = {name: dict(part) for name, part in case.parts.items()}
-        if "sampler" in own:
-            own["sampler"]["max_anchors"] = 2 * first.batch.num_classes + 10
-        parts[case.method] = {"options": options, "parts": own}
-    options = {"share_projectors": draw(st.booleans())}
-    return Case("sum", first.batch, first.projector, options, parts)
+        parts = {name: dict(part) for name, part in case.parts.items()}
+        if "sampler" in parts:
+            parts["sampler"]["max_anchors"] = 2 * first.batch.num_classes + 10
+        projector = {**first.projector, "projection": case.projector["projection"]}
+        methods.append(replace(case, batch=first.batch, projector=projector, parts=parts))
+    return Case("sum", first.batch, first.projector, methods=tuple(methods))
 
 
 def _given(parts: Mapping[str, Mapping[str, Any] | None]) -> dict[str, Mapping[str, Any]]:
@@ -422,33 +394,27 @@ def _pixel(case: Case) -> ContrastMethod:
     )
 
 
-def _contextrast(case: Case) -> ContrastMethod:
-    return Contextrast(_projector(case), case.batch.num_classes, **case.options)
-
-
-def _pne(case: Case) -> ContrastMethod:
-    return PNE(_projector(case), case.batch.num_classes, **case.options)
+def _plain(method: type[ContrastMethod], case: Case) -> ContrastMethod:
+    return method(_projector(case), case.batch.num_classes, **case.options)
 
 
 def _sum(case: Case) -> nn.Module:
-    methods = {
-        name: BUILDERS[name](Case(name, case.batch, case.projector, **part))
-        for name, part in case.parts.items()
-    }
-    return ContrastSum(methods, **case.options)
+    return ContrastSum({part.method: BUILDERS[part.method](part) for part in case.methods})
 
 
 BUILDERS: dict[str, Callable[[Case], nn.Module]] = {
     "multi_scale": _multi_scale,
     "pixel": _pixel,
-    "contextrast": _contextrast,
-    "pne": _pne,
+    "contextrast": partial(_plain, Contextrast),
+    "contextrast_plus": partial(_plain, ContextrastPlus),
+    "pne": partial(_plain, PNE),
     "sum": _sum,
 }
 STRATEGIES: dict[str, st.SearchStrategy[Case]] = {
     "multi_scale": multi_scale(),
     "pixel": pixel(),
     "contextrast": contextrast(),
+    "contextrast_plus": contextrast_plus(),
     "pne": pne(),
     "sum": contrast_sum(),
 }
@@ -477,7 +443,9 @@ def run_case(case: Case) -> bool:
         features = make_features(case, generator)
         low = _AUTOCAST.get(batch.precision)
         with torch.autocast("cpu", dtype=low, enabled=low is not None):
-            losses = method(features, logits, labels, generator).losses
+            losses = method(
+                features, labels, logits, ignore_label=batch.ignored_label, generator=generator
+            ).losses
         for name, loss in losses.items():
             assert loss.shape == () and loss.isfinite(), f"{name} = {loss}"
         counted |= any(loss.item() > 0 for loss in losses.values())

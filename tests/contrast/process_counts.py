@@ -18,6 +18,7 @@ from contrast_d2.contrast import (
     BalancedSampler,
     BoundaryNegatives,
     Contextrast,
+    ContextrastPlus,
     ContrastSum,
     HardAnchorSampler,
     MemoryBank,
@@ -35,6 +36,7 @@ SPLITS = {2: [3, 5], 4: [1, 3, 2, 2]}
 STEPS = 2
 # Budgets above the number of pixels, so that nothing is left to chance.
 ALL = 10**6
+REGIONS, PIXELS = 10, 1100  # per class, in the bank; all pixels of two steps fit in
 
 # Largest differences of losses and gradients, over the largest value: sums in another order. Those
 # found are a hundredth (fp64) and a tenth (fp32) of these.
@@ -50,21 +52,24 @@ def _projector() -> MultiScaleProjector:
     return MultiScaleProjector(CHANNELS, 6, num_hidden=0)
 
 
-def _multiscale() -> MultiScaleContrast:
+def _boundary() -> BoundaryNegatives:
+    return BoundaryNegatives(NUM_CLASSES, fraction=1.0, max_negatives=ALL)
+
+
+def _multiscale(**options: Any) -> MultiScaleContrast:
     return MultiScaleContrast(
         _projector(),
-        BalancedSampler(NUM_CLASSES, max_anchors=ALL, floor=ALL, across_processes=True),
+        BalancedSampler(NUM_CLASSES, max_anchors=ALL, min_per_class=ALL),
         scale_weights={"res2": 1.0, "res3": 0.7},
-        cross_scale=[("res2", "res3", 0.5)],
+        cross_scale=[("res2", "res3", 0.5), ("res3", "res2", 0.3)],
         weight=1.0,
         across_processes=True,
+        **options,
     )
 
 
 def _pixel(**options: Any) -> PixelContrast:
-    sampler = HardAnchorSampler(
-        NUM_CLASSES, max_anchors=ALL, max_per_group=ALL, across_processes=True
-    )
+    sampler = HardAnchorSampler(NUM_CLASSES, max_anchors=ALL, max_per_group=ALL)
     return PixelContrast(
         _projector(), sampler, feature="res2", weight=1.0, across_processes=True, **options
     )
@@ -72,19 +77,19 @@ def _pixel(**options: Any) -> PixelContrast:
 
 def _memory() -> MemoryBank:
     return MemoryBank(
-        NUM_CLASSES, 6, regions_per_class=10, pixels_per_class=2000, pixels_per_image=100
+        NUM_CLASSES, 6, regions_per_class=REGIONS, pixels_per_class=PIXELS, pixels_per_image=100
     )
 
 
-def _contextrast() -> Contextrast:
-    return Contextrast(
-        _projector(),
-        NUM_CLASSES,
-        layers={"res2": 0.4, "res3": 1.0},
-        boundary_fraction=1.0,
-        anchor_memory=4,
-        across_processes=True,
-    )
+def _contextrast(method: type[Contextrast], **options: Any) -> Contextrast:
+    layers = {"res2": 0.4, "res3": 1.0}
+    return method(_projector(), NUM_CLASSES, layers=layers, across_processes=True, **options)
+
+
+def _plus() -> Contextrast:
+    method = _contextrast(ContextrastPlus, anchor_memory=4)
+    method.boundary_fraction = 1.0  # not an option of it
+    return method
 
 
 def _pne() -> PNE:
@@ -100,24 +105,24 @@ def _pne() -> PNE:
 
 METHODS: dict[str, Callable[[], nn.Module]] = {
     "multi- and cross-scale": _multiscale,
+    "multi-scale, empty anchors": lambda: _multiscale(count_empty_anchors=True),
+    "multi-scale, boundary negatives": lambda: _multiscale(negatives=_boundary()),
     "pixel": _pixel,
     "pixel, memory": lambda: _pixel(memory=_memory()),
-    "pixel, memory alone": lambda: _pixel(memory=_memory(), contrast_batch=False),
-    "pixel, boundary negatives": lambda: _pixel(
-        negatives=BoundaryNegatives(NUM_CLASSES, fraction=1.0, max_negatives=ALL)
-    ),
-    "Contextrast": _contextrast,
+    "pixel, boundary negatives": lambda: _pixel(negatives=_boundary()),
+    "Contextrast": lambda: _contextrast(Contextrast, boundary_fraction=1.0),
+    "Contextrast++": _plus,
     "PNE": _pne,
     "sum": lambda: ContrastSum({"ms": _multiscale(), "pixel": _pixel(), "pne": _pne()}),
 }
 
-SCENES = ("common", "one process void", "no class in common", "all void")
+SCENES = ("common", "first process void", "second process void", "no class in common", "all void")
 
 
 def make_batch(
     scene: str, split: list[int], step: int, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """Features, class scores and labels (B, 16, 16) of the global batch.
+    """Features, labels (B, 16, 16) and class scores of the global batch.
 
     Args:
         scene: one of `SCENES`; what is void or apart are the images of one process.
@@ -133,16 +138,19 @@ def make_batch(
         for name, c in CHANNELS.items()
     }
     scores = torch.randn(NUM_IMAGES, NUM_CLASSES, 8, 8, generator=generator)
-    labels = torch.randint(0, NUM_CLASSES, (NUM_IMAGES, 16, 16), generator=generator)
+    labels = torch.randint(0, NUM_CLASSES - 1, (NUM_IMAGES, 16, 16), generator=generator)
+    labels[-1, 8, 8] = NUM_CLASSES - 1  # its only positive is its pixel of the other scale
     labels[:, :3] = 255
     process = torch.repeat_interleave(torch.arange(len(split)), torch.tensor(split))
-    if scene == "one process void":
+    if scene == "first process void":
+        labels[process == 0] = 255
+    elif scene == "second process void":
         labels[process == 1] = 255
     elif scene == "no class in common":
         labels = torch.where(labels < NUM_CLASSES, process[:, None, None], labels)
     elif scene == "all void":
         labels[:] = 255
-    return features, scores, labels
+    return features, labels, scores
 
 
 def run_steps(method: str, scene: str, split: list[int], dtype: torch.dtype) -> Result:
@@ -159,10 +167,10 @@ def run_steps(method: str, scene: str, split: list[int], dtype: torch.dtype) -> 
         own = slice(sum(split[:rank]), sum(split[: rank + 1]))
         model = DistributedDataParallel(contrast, broadcast_buffers=False)
     for step in range(STEPS):
-        features, scores, labels = make_batch(scene, split, step, dtype)
+        features, labels, scores = make_batch(scene, split, step, dtype)
         features = {name: f[own].clone().requires_grad_() for name, f in features.items()}
         model.zero_grad()
-        losses = model(features, scores[own], labels[own]).losses
+        losses = model(features, labels[own], scores[own]).losses
         sum(losses.values()).backward()
     return {
         "losses": {name: loss.detach() for name, loss in losses.items()},
@@ -196,15 +204,12 @@ def joined(ranks: list[Result]) -> Result:
 
 
 def in_order(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Buffers in which the pixel keys of a bank are in an order that chance plays no part in.
-
-    All pixels are drawn, in a random order.
-    """
+    """Buffers in which the pixel keys of a bank, all of which are drawn, are in a fixed order."""
     result = dict(buffers)
     for name, keys in buffers.items():
-        if name.endswith("memory.keys"):
-            regions = keys[: 10 * NUM_CLASSES]
-            pixels = keys[10 * NUM_CLASSES :].view(NUM_CLASSES, -1, keys.shape[1])
+        if name.endswith("memory.keys") and len(keys) == NUM_CLASSES * (REGIONS + PIXELS):
+            regions = keys[: REGIONS * NUM_CLASSES]
+            pixels = keys[REGIONS * NUM_CLASSES :].view(NUM_CLASSES, PIXELS, -1)
             order = pixels[..., 0].argsort(dim=1)[..., None].expand_as(pixels)
             result[name] = torch.cat([regions, pixels.gather(1, order).flatten(0, 1)])
     return result

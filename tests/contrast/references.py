@@ -121,20 +121,22 @@ def count_groups(label_map: Tensor, num_classes: int) -> Counter:
     )
 
 
-def release_quotas(counts: Counter, *, max_anchors, min_pixels, max_per_group, floor) -> dict:
+def release_quotas(
+    counts: Counter, *, max_anchors, min_pixels, max_per_group, min_per_class
+) -> dict:
     """V pixels from each (class, image) with at least `min_pixels`."""
     sizes = {group: n for group, n in counts.items() if n >= min_pixels}
-    target = _common_target(sizes, max_anchors, max_per_group, floor)
+    target = _common_target(sizes, max_anchors, max_per_group, min_per_class)
     return {group: min(n, target) for group, n in sizes.items()}
 
 
-def paper_quotas(counts: Counter, *, max_anchors, min_pixels, max_per_group, floor) -> dict:
+def paper_quotas(counts: Counter, *, max_anchors, min_pixels, max_per_group, min_per_class) -> dict:
     """K pixels from each class, as {class: sorted shares of its images}."""
     sizes: Counter = Counter()
     for (label, _), n in counts.items():
         sizes[label] += n
     sizes = Counter({label: n for label, n in sizes.items() if n >= min_pixels})
-    target = _common_target(sizes, max_anchors, max_per_group, floor)
+    target = _common_target(sizes, max_anchors, max_per_group, min_per_class)
     return {
         label: sorted(
             deal([n for (other, _), n in counts.items() if other == label], min(size, target))
@@ -143,10 +145,10 @@ def paper_quotas(counts: Counter, *, max_anchors, min_pixels, max_per_group, flo
     }
 
 
-def _common_target(sizes: dict, max_anchors, max_per_group, floor) -> int:
+def _common_target(sizes: dict, max_anchors, max_per_group, min_per_class) -> int:
     if not sizes:
         return 0
-    target = max(min(sizes.values()), floor)
+    target = max(min(sizes.values()), min_per_class)
     if max_per_group is not None:
         target = min(target, max_per_group)
     return min(target, max_anchors // len(sizes))

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contrast_d2.contrast import downsample_labels, predicted_labels
-from contrast_d2.contrast.boundary import boundary_negatives
+from contrast_d2.contrast import boundary_negatives, downsample_labels
 
 from . import references
 
@@ -20,72 +19,55 @@ Pixel = tuple[Tensor, int, int, bool]
 
 def read_pixels(
     maps: dict[str, Tensor],
-    logits: Tensor,
     labels: Tensor,
-    num_classes: int,
+    logits: Tensor,
     *,
-    fraction: float,
-    error_map: str,
-    seed: int,
+    fraction: float = 0.5,
+    error_map: str = "false_negatives",
+    seed: int = 1,
 ) -> dict[str, list[Pixel]]:
     """All pixels of each layer, with the boundary selection that a call with this seed makes."""
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for name, x in maps.items():
         truth = downsample_labels(labels, x.shape[-2:])
-        predicted = predicted_labels(logits, x.shape[-2:])
+        predicted = F.interpolate(logits, size=x.shape[-2:], mode="bilinear").argmax(dim=1)
         selected = boundary_negatives(
             truth,
             predicted,
-            num_classes,
+            logits.shape[1],
             fraction=fraction,
             error_map=error_map,
             generator=generator,
         ).selected
-        units = F.normalize(x, dim=1).permute(0, 2, 3, 1).reshape(-1, x.shape[1])
-        layers[name] = list(
-            zip(
-                units,
-                truth.flatten().tolist(),
-                predicted.flatten().tolist(),
-                selected.flatten().tolist(),
-                strict=True,
-            )
-        )
+        units = F.normalize(x, dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+        integers = (values.flatten().tolist() for values in (truth, predicted, selected))
+        layers[name] = list(zip(units, *integers, strict=True))
     return layers
 
 
-def class_means(pixels: list[Pixel], num_classes: int, min_pixels: int = 1) -> dict[int, Tensor]:
+def class_means(pixels: list[Pixel], num_classes: int) -> dict[int, Tensor]:
     """a_i^n of the classes that a layer has."""
     means = {}
     for n in range(num_classes):
         members = [z for z, truth, _, _ in pixels if truth == n]
-        if len(members) >= min_pixels:
+        if members:
             means[n] = sum(members) / len(members)
     return means
 
 
 def mixed_anchors(
-    layers: dict[str, list[Pixel]],
-    num_classes: int,
-    *,
-    deepest_weight: float = 0.5,
-    detach_deepest: bool = False,
-    normalize_anchors: bool = True,
-    min_pixels: int = 1,
+    layers: dict[str, list[Pixel]], num_classes: int, deepest_weight: float = 0.5
 ) -> dict[str, dict[int, Tensor]]:
-    means = {name: class_means(pixels, num_classes, min_pixels) for name, pixels in layers.items()}
+    means = {name: class_means(pixels, num_classes) for name, pixels in layers.items()}
     last = list(layers)[-1]
     anchors: dict[str, dict[int, Tensor]] = {name: {} for name in layers}
     for name, own in means.items():
         for n, mean in own.items():
             anchor = mean
             if name != last and n in means[last]:
-                deepest = means[last][n].detach() if detach_deepest else means[last][n]
-                anchor = (1 - deepest_weight) * mean + deepest_weight * deepest
-            if normalize_anchors:
-                anchor = anchor / anchor.norm()
-            anchors[name][n] = anchor
+                anchor = (1 - deepest_weight) * mean + deepest_weight * means[last][n]
+            anchors[name][n] = anchor / anchor.norm()
     return anchors
 
 

@@ -35,16 +35,6 @@ def rounding(width: int, temperature: float, dtype: torch.dtype = torch.float32)
     return 4 * (math.sqrt(width) + 4) * torch.finfo(dtype).eps / 2 / temperature
 
 
-def rounding_of_factors(width: int, temperature: float) -> float:
-    """Largest error of a gradient, all of whose products have factors that are rounded to bf16.
-
-    A similarity adds up 2 D independent roundings of products that are about 1 / D: sqrt(2 / D) u.
-    The product for the gradient has two factors, each of which is off by u.
-    """
-    unit = torch.finfo(torch.bfloat16).eps / 2
-    return 4 * math.sqrt(2 / width) * unit / temperature + 2 * unit
-
-
 def largest_error(found: Tensor, exact: Tensor) -> float:
     """Largest difference of an element, relative to the largest element; 0 where both are 0."""
     difference = (found.double() - exact).abs().max()

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from contrast_d2.contrast import info_nce, info_nce_sorted
-from contrast_d2.contrast.info_nce_masked import masked_info_nce
+from contrast_d2.contrast import PixelSet, info_nce, info_nce_sorted
+from contrast_d2.contrast.terms import masked_info_nce
 
 from .rounding import largest_error, rounding
 
@@ -53,37 +54,34 @@ def samples(sizes: list[int], dtype: torch.dtype = torch.float64) -> tuple[Tenso
     return normalize(rows, dim=1).to(dtype), labels
 
 
-def reference(
-    anchors: Tensor,
-    labels: Tensor,
-    contrast=None,
-    contrast_labels=None,
-    lead=False,
-    temperature: float = 0.1,
-):
-    return masked_info_nce(
-        anchors,
-        labels,
-        contrast,
-        contrast_labels,
+def run(kernel, anchors, labels, contrast, contrast_labels, counts, lead, temperature):
+    return kernel(
+        PixelSet(anchors, labels, counts[0]),
+        None if contrast is None else PixelSet(contrast, contrast_labels, counts[1]),
         temperature=temperature,
-        anchors_lead_contrast=lead,
+        holds_anchors=lead,
         needs_gradient=(True, contrast is not None),
-        products="fp32",
     )
 
 
-def run_sorted(anchors: Tensor, labels: Tensor, contrast=None, contrast_labels=None, **options):
-    options = {
-        "temperature": 0.1,
-        "anchors_lead_contrast": False,
-        "needs_gradient": (True, contrast is not None),
-        "products": "fp32",
-        "class_counts": None,
-        "contrast_class_counts": None,
-        **options,
-    }
-    return info_nce_sorted.sorted_info_nce(anchors, labels, contrast, contrast_labels, **options)
+def reference(anchors, labels, contrast=None, contrast_labels=None, lead=False, temperature=0.1):
+    counts = (None, None)
+    return run(
+        masked_info_nce, anchors, labels, contrast, contrast_labels, counts, lead, temperature
+    )
+
+
+def run_sorted(
+    anchors,
+    labels,
+    contrast=None,
+    contrast_labels=None,
+    counts=(None, None),
+    lead=False,
+    temperature=0.1,
+):
+    kernel = info_nce_sorted.sorted_info_nce
+    return run(kernel, anchors, labels, contrast, contrast_labels, counts, lead, temperature)
 
 
 def assert_same(actual, expected) -> None:
@@ -95,7 +93,7 @@ def assert_same(actual, expected) -> None:
 def test_among_themselves(sizes: list[int], tiles: None) -> None:
     anchors, labels = samples(sizes)
     expected = reference(anchors, labels)
-    assert_same(run_sorted(anchors, labels, class_counts=sizes), expected)
+    assert_same(run_sorted(anchors, labels, counts=(sizes, None)), expected)
     shuffle = torch.randperm(len(labels))
     result = run_sorted(anchors[shuffle], labels[shuffle])
     assert_same(result._replace(d_anchors=result.d_anchors[shuffle.argsort()]), expected)
@@ -107,8 +105,8 @@ def test_against_a_set(sizes: list[int], contrast_sizes: list[int], tiles: None)
     anchors, labels = samples(sizes)
     contrast, contrast_labels = samples(contrast_sizes)
     expected = reference(anchors, labels, contrast, contrast_labels)
-    counts = {"class_counts": sizes, "contrast_class_counts": contrast_sizes}
-    assert_same(run_sorted(anchors, labels, contrast, contrast_labels, **counts), expected)
+    counts = (sizes, contrast_sizes)
+    assert_same(run_sorted(anchors, labels, contrast, contrast_labels, counts), expected)
     rows, columns = torch.randperm(len(labels)), torch.randperm(len(contrast_labels))
     result = run_sorted(anchors[rows], labels[rows], contrast[columns], contrast_labels[columns])
     result = result._replace(
@@ -134,8 +132,8 @@ def test_anchors_that_lead_a_bank_with_unfilled_slots(
         labels,
         contrast,
         contrast_labels,
-        anchors_lead_contrast=True,
-        class_counts=sizes if counts_known else None,
+        (sizes if counts_known else None, None),
+        lead=True,
     )
     assert_same(actual, expected)
 
@@ -162,7 +160,7 @@ def test_cache_keeps_what_it_can_and_no_more(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(info_nce_sorted, name, value)
     anchors, labels = samples([10] * 20)
     computed_again, places = [], []
-    again, place = info_nce_sorted._TileCache.again, info_nce_sorted._TileCache._place
+    again, place = info_nce_sorted._TileCache.again, info_nce_sorted._TileCache._buffer
 
     def count_again(self, tile):
         computed_again.append(tile)
@@ -174,7 +172,7 @@ def test_cache_keeps_what_it_can_and_no_more(monkeypatch: pytest.MonkeyPatch) ->
         return memory
 
     monkeypatch.setattr(info_nce_sorted._TileCache, "again", count_again)
-    monkeypatch.setattr(info_nce_sorted._TileCache, "_place", count_places)
+    monkeypatch.setattr(info_nce_sorted._TileCache, "_buffer", count_places)
     results, again_of = {}, {}
     for cache_bytes in (1 << 20, 8 * 10 * 16 * 30, 0):
         computed_again.clear(), places.clear()
@@ -204,30 +202,17 @@ def test_places_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         monkeypatch.setattr(info_nce_sorted, name, value)
     taken = []
-    place = info_nce_sorted._TileCache._place
+    place = info_nce_sorted._TileCache._buffer
 
     def count(self, stop):
         memory = place(self, stop)
         taken.append(memory.data_ptr())
         return memory
 
-    monkeypatch.setattr(info_nce_sorted._TileCache, "_place", count)
+    monkeypatch.setattr(info_nce_sorted._TileCache, "_buffer", count)
     run_sorted(*samples([10] * 30))
     assert len(taken) == 30 * 29 // 2
     assert len(set(taken)) <= 0.56 * len(taken)
-
-
-@pytest.mark.parametrize("cross", [False, True])
-def test_bf16_products_keep_the_loss_and_round_the_gradient(cross: bool) -> None:
-    anchors, labels = samples([40, 30, 50], torch.float32)
-    contrast = samples([9, 20, 33], torch.float32) if cross else (None, None)
-    exact = run_sorted(anchors, labels, *contrast)
-    rounded = run_sorted(anchors, labels, *contrast, products="bf16")
-    assert largest_error(rounded.total, exact.total) <= rounding(12, 0.1)
-    for one, other in zip(rounded[2:], exact[2:], strict=True):
-        if other is not None:
-            assert one.dtype == torch.float32
-            assert 1e-4 < largest_error(one, other) < 2 * torch.finfo(torch.bfloat16).eps
 
 
 @pytest.mark.parametrize("temperature", [0.026, 0.05, 0.1])
@@ -247,27 +232,37 @@ def test_terms_that_point_the_same_way_are_summed_a_few_at_a_time(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The case that sorting makes worse: the positives of an anchor follow each other. Summed in one
-    # run, they would cost digits, how many depends on the BLAS.
-    terms: list[tuple[int, int]] = []
-    add = info_nce_sorted._add_product
+    # product, they would cost digits, how many depends on the BLAS.
+    steps: list[int] = []
+    add = info_nce_sorted._add_in_steps
 
-    def record(target: Tensor, weights: Tensor, factor: Tensor, scale: float = 1.0) -> None:
-        terms.append((target.untyped_storage().data_ptr(), len(factor)))
-        add(target, weights, factor, scale)
+    def record(target, weights, factor, step, scale=1.0) -> None:
+        with _Products() as products:
+            add(target, weights, factor, step, scale)
+        steps.append(max(products.terms))
 
-    monkeypatch.setattr(info_nce_sorted, "_add_product", record)
+    monkeypatch.setattr(info_nce_sorted, "_add_in_steps", record)
     for sizes in ([300, 300], [900, 10], [90] * 7):
         anchors, labels = samples(sizes)
-        own = info_nce_sorted._order_by_class(anchors, labels, sizes)
-        among = info_nce_sorted._AmongThemselves(own, 0.1, True, "fp32")
-        terms.clear()
-        among.run()
-        attraction = among._attraction.untyped_storage().data_ptr()
-        of_positives = [number for storage, number in terms if storage == attraction]
-        assert max(of_positives) == info_nce_sorted._OWN_STEP
-        terms.clear()
+        run_sorted(anchors, labels, counts=(sizes, None))
+        assert max(steps) == info_nce_sorted._OWN_STEP
+        steps.clear()
         run_sorted(anchors, labels, *samples(sizes))
-        assert max(number for _, number in terms) == info_nce_sorted._SET_STEP
+        assert max(steps) == info_nce_sorted._SET_STEP
+        steps.clear()
+
+
+class _Products(TorchDispatchMode):
+    """Notes how many terms the products add up at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.terms: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.addmm_:
+            self.terms.append(args[1].shape[1])
+        return func(*args, **(kwargs or {}))
 
 
 def test_small_losses_keep_their_digits() -> None:
@@ -298,24 +293,6 @@ def test_chosen_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
         monkeypatch.setitem(info_nce.__globals__, name, record)
     info_nce(anchors, labels)
-    info_nce(anchors, labels, class_counts=[3, 4], host_reads=False)
-    info_nce(anchors, labels, host_reads=False)
-    info_nce(anchors, labels, anchors, labels, class_counts=[3, 4], host_reads=False)
     info_nce(anchors, labels, temperature=0.01)
-    assert chosen == ["sorted_info_nce"] * 2 + ["masked_info_nce"] * 3
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"class_counts": [3, 3]}, "anchors: the class counts add up to 6, not to 7"),
-        ({"products": "fp16"}, "products='fp16': choose"),
-        ({"contrast_class_counts": [3, 4]}, "go with a contrast set"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
-    anchors, labels = samples([3, 4], torch.float32)
-    with pytest.raises(ValueError, match=message):
-        info_nce(anchors, labels, **arguments)
-    with pytest.raises(ValueError, match="bf16.*fp64"):
-        info_nce(anchors.double(), labels, products="bf16")
+    info_nce(anchors, labels, pairs=lambda _, positive, negative: (positive, negative))
+    assert chosen == ["sorted_info_nce", "masked_info_nce", "masked_info_nce"]

@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from contrast_d2.contrast import info_nce, info_nce_triton
 from contrast_d2.contrast.info_nce_triton import is_available, triton_info_nce
-from contrast_d2.contrast.kernel_result import KernelResult
+from contrast_d2.contrast.sets import KernelResult, PixelSet
 
 from . import references
-from .rounding import largest_error, rounding, rounding_of_factors
+from .rounding import largest_error, rounding
 
 pytestmark = [
     # The kernels compute all pairs and then choose: what overflows is never chosen.
@@ -103,18 +103,19 @@ class Sets:
             self.contrast = torch.cat([self.anchors, self.contrast])
             self.contrast_labels = torch.cat([self.labels, self.contrast_labels])
 
-    def run(self, temperature: float, products: str = "fp32") -> KernelResult:
+    def run(
+        self, temperature: float, needs_gradient: tuple[bool, bool] = (True, True)
+    ) -> KernelResult:
         """The kernels' result, on the CPU."""
-        on_device = [
-            None if tensor is None else tensor.to(DEVICE)
-            for tensor in (self.anchors, self.labels, self.contrast, self.contrast_labels)
-        ]
+        contrast = None
+        if self.contrast is not None:
+            contrast = PixelSet(self.contrast.to(DEVICE), self.contrast_labels.to(DEVICE))
         result = triton_info_nce(
-            *on_device,
+            PixelSet(self.anchors.to(DEVICE), self.labels.to(DEVICE)),
+            contrast,
             temperature=temperature,
-            anchors_lead_contrast=self.lead,
-            needs_gradient=(True, True),
-            products=products,
+            holds_anchors=self.lead,
+            needs_gradient=needs_gradient,
         )
         return KernelResult(*(None if value is None else value.cpu() for value in result))
 
@@ -172,25 +173,18 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(
     if INTERPRETED:
         pytest.skip("what is interpreted cannot be compiled")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    for capability, dtype, precision in [
-        (80, torch.float32, "tf32x3"),
-        (90, torch.bfloat16, "tf32"),
-    ]:
+    for capability, precision in [(80, "tf32x3"), (90, "tf32")]:
         for kernel in ("_negatives_kernel", "_positives_kernel", "_gradient_kernel"):
-            shared = shared_memory(kernel, capability, dtype, precision)
-            assert 0 < shared <= (227 if capability == 90 else 99) * 1024
+            assert 0 < shared_memory(kernel, capability, precision) <= 99 * 1024
 
 
-def shared_memory(name: str, capability: int, dtype: torch.dtype, precision: str) -> int:
+def shared_memory(name: str, capability: int, precision: str) -> int:
     """Bytes of shared memory that a kernel takes on a GPU, at D = 256."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
     kernel = getattr(info_nce_triton, name)
-    blocks = info_nce_triton._choose_blocks(
-        256, dtype, capability == 90, gradient=name == "_gradient_kernel"
-    )
-    factors = "bf16" if dtype == torch.bfloat16 else "fp32"
+    blocks = info_nce_triton._choose_blocks(256, gradient=name == "_gradient_kernel")
     constants = {
         "D": 256,
         "WIDTH": 256,
@@ -198,12 +192,11 @@ def shared_memory(name: str, capability: int, dtype: torch.dtype, precision: str
         "BLOCK_Q": blocks.columns,
         "BLOCK_D": blocks.width,
         "PRECISION": precision,
-        "FACTORS": info_nce_triton.tl.dtype(factors),
         "EXCLUDE_SELF": True,
         "ROWS_ARE_ANCHORS": True,
         "COLUMNS_ARE_ANCHORS": True,
     }
-    types = {"row_pointer": f"*{factors}", "column_pointer": f"*{factors}", "scale": "fp32"}
+    types = {"scale": "fp32"}
     signature, values, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -308,29 +301,9 @@ def test_blocks_with_one_sample_and_full_ones(A: int) -> None:
 
 
 @kernel_test
-@pytest.mark.parametrize("products", ["fp32", "bf16"])
-def test_blocks_of_the_usual_sizes(products: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_of_the_usual_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    sets = Sets("bank", 130, 48, C=20)
-    tolerance = (rounding if products == "fp32" else rounding_of_factors)(48, 0.1)
-    assert_results_close(sets.run(0.1, products), sets.expected(0.1), tolerance)
-
-
-@kernel_test
-@pytest.mark.parametrize("form", ["within", "cross"])
-def test_bf16_products_round_the_factors_alone(form: str) -> None:
-    sets = Sets(form, 40, 64)
-    ours, exact = sets.run(0.1, "bf16"), sets.expected(0.1)
-    assert_results_close(ours, exact, rounding_of_factors(64, 0.1))
-    error = (ours.total.double() - exact.total).abs() / exact.total
-    assert 1e-7 < error < 1e-3  # rounded, and the similarities not once more
-    # With the factors rounded beforehand, what is left are the sums, and the gradient's weights.
-    sets.anchors = sets.anchors.bfloat16().float()
-    if sets.contrast is not None:
-        sets.contrast = sets.contrast.bfloat16().float()
-    ours, exact = sets.run(0.1, "bf16"), sets.expected(0.1)
-    assert largest_error(ours.total, exact.total) <= rounding(64, 0.1)
-    assert_results_close(ours, exact, 2 * torch.finfo(torch.bfloat16).eps)
+    assert_error_of_rounding(Sets("bank", 130, 48, C=20), 0.1)
 
 
 @kernel_test
@@ -474,19 +447,10 @@ def test_empty_sets(A: int, C: int) -> None:
 def test_gradients_are_made_on_request(needs_gradient: tuple[bool, bool]) -> None:
     sets = Sets("cross", 20, 16)
     both = sets.run(0.1)
-    result = triton_info_nce(
-        sets.anchors.to(DEVICE),
-        sets.labels.to(DEVICE),
-        sets.contrast.to(DEVICE),
-        sets.contrast_labels.to(DEVICE),
-        temperature=0.1,
-        anchors_lead_contrast=False,
-        needs_gradient=needs_gradient,
-        products="fp32",
-    )
-    assert torch.equal(result.total.cpu(), both.total)
+    result = sets.run(0.1, needs_gradient)
+    assert torch.equal(result.total, both.total)
     for needed, one, other in zip(needs_gradient, result[2:], both[2:], strict=True):
-        assert torch.equal(one.cpu(), other) if needed else one is None
+        assert torch.equal(one, other) if needed else one is None
 
 
 # ---- sizes of a real step
@@ -503,14 +467,11 @@ def test_ten_thousand_anchors() -> None:
 
     def run(size: int) -> KernelResult:
         return triton_info_nce(
-            anchors[:size],
-            labels[:size],
-            None,
+            PixelSet(anchors[:size], labels[:size]),
             None,
             temperature=0.1,
-            anchors_lead_contrast=False,
+            holds_anchors=False,
             needs_gradient=(True, False),
-            products="fp32",
         )
 
     def peak(size: int) -> int:

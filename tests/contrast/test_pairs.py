@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from contrast_d2.contrast import RolePairs, SemiHardPairs, info_nce, info_nce_masked
+from contrast_d2.contrast import PixelSet, SemiHardPairs, Side, Term, info_nce, terms
 
 from ..helpers import HostWaits
 from . import references
@@ -51,8 +51,8 @@ def test_pools_are_the_nearest_negatives_and_the_furthest_positives(fraction, co
     similarities, positive, negative = random_pairs(40, columns)
     found = SemiHardPairs(fraction, **EVERY)(similarities, positive, negative)
     for mask, candidates, nearest in (
-        (found.positive, positive, False),
-        (found.negative, negative, True),
+        (found[0], positive, False),
+        (found[1], negative, True),
     ):
         expected = [
             pool(s, c, fraction, nearest)
@@ -67,13 +67,13 @@ def test_no_more_than_so_many_of_a_pool() -> None:
     every = SemiHardPairs(0.5, **EVERY)(similarities, positive, negative)
     some = SemiHardPairs(0.5, max_positives=3, max_negatives=18)(similarities, positive, negative)
     for part, whole, most in (
-        (some.positive, every.positive, 3),
-        (some.negative, every.negative, 18),
+        (some[0], every[0], 3),
+        (some[1], every[1], 18),
     ):
         assert not (part & ~whole).any()
         assert torch.equal(part.sum(1), whole.sum(1).clamp(max=most))
     # Some pools are larger than the bound, and some are not.
-    sizes = every.negative.sum(1)
+    sizes = every[1].sum(1)
     assert (sizes > 18).any() and ((0 < sizes) & (sizes < 18)).any()
 
 
@@ -84,8 +84,8 @@ def test_every_subset_of_a_pool_is_equally_likely() -> None:
     select = SemiHardPairs(0.8, max_positives=2, max_negatives=3)
     found = select(similarities, positive, ~positive, torch.Generator().manual_seed(0))
     for mask, members, outcomes in (
-        (found.positive, {0, 1, 2, 3}, 6),
-        (found.negative, {6, 7, 8, 9}, 4),
+        (found[0], {0, 1, 2, 3}, 6),
+        (found[1], {6, 7, 8, 9}, 4),
     ):
         rows, counts = mask.long().unique(dim=0, return_counts=True)
         assert len(rows) == outcomes
@@ -98,8 +98,8 @@ def test_the_generator_fixes_the_choice() -> None:
     select = SemiHardPairs(1.0, max_positives=5, max_negatives=5)
     first, again, other = (select(*pairs, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(first.negative, other.negative)
-    assert not torch.equal(first.positive, other.positive)
+    assert not torch.equal(first[1], other[1])
+    assert not torch.equal(first[0], other[0])
 
 
 def test_the_defaults_are_those_of_the_paper() -> None:
@@ -107,30 +107,28 @@ def test_the_defaults_are_those_of_the_paper() -> None:
     similarities = torch.randn(1, 60_000)
     positive = torch.arange(60_000)[None] < 20_000
     found = select(similarities, positive, ~positive)
-    assert found.positive.sum() == 1024 and found.negative.sum() == 2048
-    assert similarities[found.positive].max() <= similarities[positive].quantile(0.1001)
-    assert similarities[found.negative].min() >= similarities[~positive].quantile(0.8999)
+    assert found[0].sum() == 1024 and found[1].sum() == 2048
+    assert similarities[found[0]].max() <= similarities[positive].quantile(0.1001)
+    assert similarities[found[1]].min() >= similarities[~positive].quantile(0.8999)
 
 
 def test_the_host_waits_for_nothing() -> None:
     embeddings, labels = unit(len(LABELS), 4, dtype=torch.float32), torch.tensor(LABELS)
     with HostWaits() as waits:
-        info_nce(embeddings, labels, pairs=SemiHardPairs(max_negatives=2), host_reads=False)
+        info_nce(embeddings, labels, pairs=SemiHardPairs(max_negatives=2))
     assert waits.calls == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"fraction": 0.0}, "fraction=0.0: must be above 0"),
-        ({"fraction": 1.1}, "fraction=1.1: must be above 0, and at most 1"),
-        ({"max_positives": 0}, "max_positives=0: an anchor needs at least 1"),
-        ({"max_negatives": -1}, "max_negatives=-1"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SemiHardPairs(**arguments)
+def test_wrong_arguments_are_named() -> None:
+    for arguments in (
+        {"fraction": 0.0},
+        {"fraction": 1.1},
+        {"max_positives": 0},
+        {"max_negatives": -1},
+    ):
+        ((name, value),) = arguments.items()
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            SemiHardPairs(**arguments)
 
 
 # ---- in the InfoNCE
@@ -168,7 +166,7 @@ def semi_hard(anchors: Tensor, contrast: Tensor, contrast_labels: list[int], fra
 @pytest.mark.parametrize("rows", [3, 1000])
 @pytest.mark.parametrize("fraction", [0.1, 0.4, 1.0])
 def test_semi_hard_loss_equals_the_equations(fraction: float, rows: int, monkeypatch) -> None:
-    monkeypatch.setattr(info_nce_masked, "_BLOCK_ELEMENTS", rows * 18)
+    monkeypatch.setattr(terms, "_BLOCK_ELEMENTS", rows * 18)
     anchors = unit(len(LABELS), 4).requires_grad_()
     bank = unit(len(CONTRAST_LABELS), 4).requires_grad_()
     contrast, contrast_labels = torch.cat([anchors, bank]), LABELS + CONTRAST_LABELS
@@ -217,8 +215,8 @@ def test_a_random_choice_is_the_loss_of_that_choice() -> None:
 
     loss = info_nce(anchors, labels, temperature=0.2, pairs=select)
     (pairs,) = record
-    assert set(pairs.positive.sum(1).tolist()) == {2} and set(pairs.negative.sum(1).tolist()) == {4}
-    expected = chosen_loss(anchors, anchors, chosen(pairs.positive), chosen(pairs.negative), 0.2)
+    assert set(pairs[0].sum(1).tolist()) == {2} and set(pairs[1].sum(1).tolist()) == {4}
+    expected = chosen_loss(anchors, anchors, chosen(pairs[0]), chosen(pairs[1]), 0.2)
     torch.testing.assert_close(loss, expected)
 
 
@@ -256,45 +254,32 @@ def test_gradcheck() -> None:
 
 
 def test_roles_equal_the_equations() -> None:
-    anchors = unit(len(LABELS), 4).requires_grad_()
-    contrast = unit(len(CONTRAST_LABELS), 4).requires_grad_()
-    # The class 2 sample of the first column is no positive, so class 2 has the sixth alone; class 3
-    # has none; the last known column is positive only, the third negative only.
-    serves_as_positive = torch.tensor([0, 1, 0, 1, 1, 1, 0, 1]).bool()
-    serves_as_negative = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1]).bool()
-    columns = range(len(CONTRAST_LABELS))
+    """Anchors and a bank that serve as positives only, and a set that serves as negatives only."""
+    sets = []
+    for labels in (LABELS, CONTRAST_LABELS, [0, 2, 3, -1, 1]):
+        sets.append(PixelSet(unit(len(labels), 4).requires_grad_(), torch.tensor(labels)))
+    anchors, bank, wrong = sets
+    sides = [Side(anchors, "positives"), Side(bank, "positives"), Side(wrong, "negatives")]
+    everything, classes = (
+        torch.cat([x.embeddings for x in sets]),
+        torch.cat([x.labels for x in sets]),
+    )
+    first_wrong = len(LABELS) + len(CONTRAST_LABELS)
     positives = [
-        {j for j in columns if 0 <= CONTRAST_LABELS[j] == label and serves_as_positive[j]}
-        for label in LABELS
+        {j for j in range(first_wrong) if classes[j] == label and j != i}
+        for i, label in enumerate(LABELS)
     ]
     negatives = [
-        {n for n in columns if 0 <= CONTRAST_LABELS[n] != label and serves_as_negative[n]}
+        {n for n in range(first_wrong, len(classes)) if 0 <= classes[n] != label}
         for label in LABELS
     ]
-    expected = chosen_loss(anchors, contrast, positives, negatives, 0.1)
-    actual = info_nce(
-        anchors,
-        torch.tensor(LABELS),
-        contrast,
-        torch.tensor(CONTRAST_LABELS),
-        pairs=RolePairs(serves_as_positive, serves_as_negative),
-    )
+    expected = 0.5 * chosen_loss(anchors.embeddings, everything, positives, negatives, 0.1)
+    output = terms.evaluate([Term("roles", anchors, sides, 0.1, 0.5)], num_classes=5)
+    leaves = [x.embeddings for x in sets]
     torch.testing.assert_close(
-        with_gradients(actual, anchors, contrast),
-        with_gradients(expected, anchors, contrast),
+        with_gradients(output.losses["loss_contrast_roles"], *leaves),
+        with_gradients(expected, *leaves),
         rtol=1e-10,
         atol=1e-12,
     )
-
-
-@pytest.mark.parametrize(
-    ("positives", "negatives", "message"),
-    [
-        (torch.ones(4), torch.ones(4).bool(), r"positives: a \(4,\) tensor of torch.float32"),
-        (torch.ones(4).bool(), torch.ones(5).bool(), r"negatives: a \(5,\) tensor"),
-        (torch.ones(2, 4).bool(), torch.ones(2, 4).bool(), r"positives: a \(2, 4\) tensor"),
-    ],
-)
-def test_wrong_roles_are_named(positives: Tensor, negatives: Tensor, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        RolePairs(positives, negatives)
+    assert output.statistics["contrast/roles/negatives"] == 4

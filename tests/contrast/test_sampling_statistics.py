@@ -19,9 +19,8 @@ from torch import Tensor
 
 from contrast_d2.contrast import BalancedSampler, PixelDraw
 
-from .test_sampling import count_draw, counted_map
+from .test_sampling import BALANCES, count_draw, counted_map
 
-BALANCES = ["class", "image_class"]
 SIGNIFICANCE = 1e-4
 
 
@@ -30,17 +29,11 @@ def draw_often(label_map: Tensor, trials: int, num_classes: int, **budgets) -> l
     return BalancedSampler(num_classes, **budgets)([label_map] * trials, generator)
 
 
-def stack(draws: Sequence[PixelDraw]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, images and pixels of draws of equal quotas, each (T, A)."""
-    return tuple(
-        torch.stack([getattr(draw, name) for draw in draws]).numpy()
-        for name in ("labels", "image", "pixel")
-    )
-
-
 def subsets(draws: Sequence[PixelDraw], label_map: Tensor, label: int, image: int) -> np.ndarray:
     """(T,) numbers 0..C-1 of the subsets of a group that were drawn, all C of which occur."""
-    labels, images, pixels = stack(draws)
+    images, pixels, labels = (
+        torch.stack(column).numpy() for column in list(zip(*draws, strict=True))[:3]
+    )
     slots = ((labels == label) & (images == image)).all(axis=0)
     drawn = np.sort(pixels[:, slots], axis=1)
     codes, numbers = np.unique(drawn, axis=0, return_inverse=True)
@@ -61,71 +54,33 @@ SMALL = [[2, 6], [2, 7]]
 
 
 @pytest.mark.parametrize("balance", BALANCES)
-def test_every_subset_of_a_group_is_equally_likely(balance: str) -> None:
-    label_map = counted_map(*SMALL)
-    draws = draw_often(label_map, 4000, 2, balance=balance)
-    for image, num_subsets in ((0, 15), (1, 21)):
-        counts = np.bincount(subsets(draws, label_map, 1, image))
-        assert len(counts) == num_subsets
-        assert stats.chisquare(counts).pvalue > SIGNIFICANCE
-
-
-@pytest.mark.parametrize("balance", BALANCES)
-def test_groups_and_draws_are_independent(balance: str) -> None:
+def test_subsets_of_a_group_are_equally_likely_and_independent(balance: str) -> None:
     label_map = counted_map(*SMALL)
     draws = draw_often(label_map, 6000, 2, balance=balance)
     first, second = (subsets(draws, label_map, 1, image) for image in (0, 1))
+    for numbers in (first, second):
+        assert stats.chisquare(np.bincount(numbers)).pvalue > SIGNIFICANCE
+    # One group and another.
     assert independence(first, second) > SIGNIFICANCE
     # One draw and the next.
     assert independence(first[:-1], first[1:]) > SIGNIFICANCE
 
 
-@pytest.mark.parametrize("balance", BALANCES)
-def test_the_place_of_an_image_in_the_batch_plays_no_part(balance: str) -> None:
-    label_map = counted_map(*SMALL)
-    last = len(label_map) - 1
-    generator = torch.Generator().manual_seed(1)
-    sampler = BalancedSampler(2, balance=balance)
-    tables = []
-    for image in range(len(label_map)):
-        forth = subsets(sampler([label_map] * 2000, generator), label_map, 1, image)
-        flipped = label_map.flip(0)
-        back = subsets(sampler([flipped] * 2000, generator), flipped, 1, last - image)
-        tables.append(np.stack([np.bincount(forth), np.bincount(back)]))
-    for table in tables:
-        assert stats.chi2_contingency(table).pvalue > SIGNIFICANCE
-
-
-# Pixels of classes 0 to 2 in three images, and what the definition takes of them with a floor of
-# 50. By class: all 12 of class 0; 50 of class 1 from two images; 50 of class 2 from three, of which
-# the two with most pixels give one more.
+# Pixels of classes 0 to 2 in three images, and what the definition takes of them with a
+# `min_per_class` of 50. By class: all 12 of class 0; 50 of class 1 from two images; 50 of class 2
+# from three, of which the two with most pixels give one more.
 LONG_TAILED = [[3, 40, 900], [0, 200, 60], [9, 0, 3000]]
+PAIRS = [(0, 0), (0, 2), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)]
 QUOTAS = {
-    "class": {
-        (0, 0): 3,
-        (0, 2): 9,
-        (1, 0): 25,
-        (1, 1): 25,
-        (2, 0): 17,
-        (2, 1): 16,
-        (2, 2): 17,
-    },
-    "image_class": {
-        (0, 0): 3,
-        (0, 2): 9,
-        (1, 0): 40,
-        (1, 1): 50,
-        (2, 0): 50,
-        (2, 1): 50,
-        (2, 2): 50,
-    },
+    "class": dict(zip(PAIRS, (3, 9, 25, 25, 17, 16, 17), strict=True)),
+    "image_class": dict(zip(PAIRS, (3, 9, 40, 50, 50, 50, 50), strict=True)),
 }
 
 
 @pytest.mark.parametrize("balance", BALANCES)
 def test_every_pixel_is_drawn_as_often_as_the_quota_of_its_group_says(balance: str) -> None:
-    label_map, trials = counted_map(*LONG_TAILED), 400
-    draws = draw_often(label_map, trials, 3, balance=balance, floor=50)
+    label_map, trials = counted_map(*LONG_TAILED), 300
+    draws = draw_often(label_map, trials, 3, balance=balance, min_per_class=50)
     times_BP = np.zeros(label_map.flatten(1).shape)
     for draw in draws:
         assert count_draw(draw) == QUOTAS[balance]
@@ -146,7 +101,7 @@ def test_every_pixel_is_drawn_as_often_as_the_quota_of_its_group_says(balance: s
 
 
 def test_a_small_share_of_a_large_group_is_spread_evenly() -> None:
-    size, quota, num_images = 100_000, 500, 40
+    size, quota, num_images = 50_000, 250, 40
     sampler = BalancedSampler(1, balance="image_class", max_anchors=quota * num_images)
     (draw,) = sampler(
         [torch.zeros(num_images, 1, size, dtype=torch.uint8)], torch.Generator().manual_seed(0)

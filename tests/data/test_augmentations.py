@@ -199,9 +199,8 @@ def test_lazy_config_builds_them():
     assert apply(augmentations, encoded(labels), labels)[1].shape == (32, 48)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_arguments_are_checked(subtests: pytest.Subtests) -> None:
+    for arguments, message in [
         ({"crop_size": (0, 4)}, r"crop_size.*\(0, 4\)"),
         ({"crop_size": (4,)}, "crop_size"),
         ({"crop_size": (4.5, 4)}, "crop_size"),
@@ -212,11 +211,10 @@ def test_lazy_config_builds_them():
         ({"max_class_area": 75}, "max_class_area.*got 75"),
         ({"flip": 1.5}, "flip.*got 1.5"),
         ({"pad_value": 256}, "pad_value.*got 256"),
-    ],
-)
-def test_arguments_are_checked(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        train_augmentations(**{"crop_size": (4, 4), **arguments})
+    ]:
+        with subtests.test(arguments=arguments):
+            with pytest.raises(ValueError, match=message):
+                train_augmentations(**{"crop_size": (4, 4), **arguments})
 
 
 def test_jitter_arguments_are_checked():
@@ -274,16 +272,14 @@ def test_short_side_comes_before_the_random_scale():
     assert isinstance(augmentations[1], RandomScaledCrop)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
+def test_arguments_outside_their_range(subtests: pytest.Subtests) -> None:
+    for make, message in [
         (lambda: ReflectPad(0), "multiple must be a positive integer, got 0"),
         (lambda: RandomGaussianBlur(1.5, (1, 2)), "probability .* 0..1, got 1.5"),
         (lambda: RandomGaussianBlur(0.5, (2, 1)), "radius must be a range"),
         (lambda: full_frame_augmentations(flip=-1), "flip is a probability"),
         (lambda: train_augmentations((8, 8), short_side=0), "short_side must be .* got 0"),
-    ],
-)
-def test_arguments_outside_their_range(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+    ]:
+        with subtests.test(make=make):
+            with pytest.raises(ValueError, match=message):
+                make()

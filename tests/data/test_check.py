@@ -14,8 +14,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from contrast_d2.data import SemSegMapper
-from contrast_d2.data.check import Finding, Severity, check_dataset, text_report, write_html
+from contrast_d2.data.check import Finding, Severity, check_dataset, text_report
 from contrast_d2.data.files import BrokenFilesError
+from contrast_d2.studio.dataset_report import write_report
 
 CLASSES = [
     {"name": "road", "color": [128, 64, 128]},
@@ -305,7 +306,7 @@ def test_the_report_shows_the_pairs(folder, tmp_path) -> None:
     save(folder / "annotations/train/b.png", good_labels()[:, :-2])
     save(folder / "annotations/train/c.png", np.full((16, 24), 77, np.uint8))
     target = tmp_path / "report.html"
-    write_html(str(target), check_dataset("yard"), "yard <1>")
+    write_report(str(target), check_dataset("yard"), "yard <1>")
     text = target.read_text()
     assert "yard &lt;1&gt;" in text and "<title>yard <1>" not in text
     # Of both pairs the image and the label; nothing is loaded from elsewhere.

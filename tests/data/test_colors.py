@@ -29,13 +29,12 @@ def image():
     return colors
 
 
-@pytest.mark.parametrize(
-    "shift", [0.0, 0.05, -0.05, 0.0123, 1 / 12, -1 / 12, 1 / 6, -1 / 6, 0.2, -0.35, 0.5, -0.5]
-)
-def test_hue_is_shifted_exactly_up_to_rounding(image, shift):
-    error = abs(shift_hue(image, shift) - exactly_shifted(image, shift))
-    assert error.max() < 1
-    assert error.mean() < 0.3
+def test_hue_is_shifted_exactly_up_to_rounding(image, subtests: pytest.Subtests) -> None:
+    for shift in [0.0, 0.05, -0.05, 0.0123, 1 / 12, -1 / 12, 1 / 6, -1 / 6, 0.2, -0.35, 0.5, -0.5]:
+        with subtests.test(shift=shift):
+            error = abs(shift_hue(image, shift) - exactly_shifted(image, shift))
+            assert error.max() < 1
+            assert error.mean() < 0.3
 
 
 def test_hue_is_nearer_to_the_exact_one_than_pillows(image):
@@ -57,17 +56,20 @@ def test_blocks_of_rows_leave_no_seam():
     assert np.array_equal(np.concatenate(rows), shifted)
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_brightness_contrast_and_saturation_are_torchvisions(image, seed):
+def test_brightness_contrast_and_saturation_are_torchvisions(
+    image, subtests: pytest.Subtests
+) -> None:
     """To the bit, in any order."""
-    np.random.seed(seed)
-    found = ColorJitter(hue=0.0).get_transform(image).apply_image(image)
-    np.random.seed(seed)
-    factors = [np.random.uniform(2 / 3, 1.5) for _ in range(3)]
-    np.random.uniform(0, 0)
-    expected = Image.fromarray(image)
-    adjust = [tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation]
-    for i in np.random.permutation(4):
-        if i < 3:
-            expected = adjust[i](expected, factors[i])
-    assert np.array_equal(found, np.asarray(expected))
+    for seed in range(6):
+        with subtests.test(seed=seed):
+            np.random.seed(seed)
+            found = ColorJitter(hue=0.0).get_transform(image).apply_image(image)
+            np.random.seed(seed)
+            factors = [np.random.uniform(2 / 3, 1.5) for _ in range(3)]
+            np.random.uniform(0, 0)
+            expected = Image.fromarray(image)
+            adjust = [tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation]
+            for i in np.random.permutation(4):
+                if i < 3:
+                    expected = adjust[i](expected, factors[i])
+            assert np.array_equal(found, np.asarray(expected))

@@ -166,11 +166,19 @@ def test_colours_without_a_palette_are_those_of_pascal_voc():
     assert len(set(distinct_colors(255))) == 255
 
 
-@pytest.mark.parametrize("row", DATASETS, ids=lambda row: row.name)
-def test_table_is_consistent(row):
-    classes = row.classes
-    assert len(classes.names) == len(classes.colors) == len(classes.ids) == len(set(classes.colors))
-    assert LabelMap.from_metadata(MetadataCatalog.get(row.name)).num_classes == len(classes.names)
+def test_table_is_consistent(subtests: pytest.Subtests) -> None:
+    for row in DATASETS:
+        with subtests.test(row=row):
+            classes = row.classes
+            assert (
+                len(classes.names)
+                == len(classes.colors)
+                == len(classes.ids)
+                == len(set(classes.colors))
+            )
+            assert LabelMap.from_metadata(MetadataCatalog.get(row.name)).num_classes == len(
+                classes.names
+            )
 
 
 def test_records_are_sorted_and_read_at_load_time(tiny_camvid):
@@ -199,27 +207,27 @@ def test_image_size_follows_exif_orientation(tiny_camvid):
 
 def test_missing_folder_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "nowhere"))
-    with pytest.raises(ValueError, match="nowhere/camvid/images/val does not exist.*") as error:
+    with pytest.raises(ValueError, match="nowhere/camvid/images/val") as error:
         DatasetCatalog.get("camvid_sem_seg_val")
     assert "DETECTRON2_DATASETS" in str(error.value)
 
 
 def test_missing_label_folder_is_named(tiny_camvid):
     (tiny_camvid / "annotations/train").rename(tiny_camvid / "annotations/other")
-    with pytest.raises(ValueError, match="camvid/annotations/train does not exist"):
+    with pytest.raises(ValueError, match="camvid/annotations/train"):
         DatasetCatalog.get("camvid_sem_seg_train")
 
 
 def test_empty_folder_is_named(tiny_camvid):
     for path in (tiny_camvid / "images/train").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match="images/train holds no images.*DETECTRON2_DATASETS"):
+    with pytest.raises(ValueError, match="images/train .*DETECTRON2_DATASETS"):
         DatasetCatalog.get("camvid_sem_seg_train")
 
 
 def test_image_without_label_is_named(tiny_camvid):
     (tiny_camvid / "annotations/train/b.png").unlink()
-    with pytest.raises(ValueError, match=r"images/train/b\.png has no label.*annotations/train/b"):
+    with pytest.raises(ValueError, match=r"images/train/b\.png.*annotations/train/b"):
         DatasetCatalog.get("camvid_sem_seg_train")
 
 
@@ -229,13 +237,12 @@ def test_unreadable_image_header_is_named(tiny_camvid):
         DatasetCatalog.get("camvid_sem_seg_train")
 
 
-@pytest.mark.parametrize(
-    ("split", "count"), [("train", 367), ("val", 101), ("test", 233), ("trainval", 468)]
-)
-def test_camvid_counts(camvid, split, count):
-    records = DatasetCatalog.get(f"camvid_sem_seg_{split}")
-    assert len({record["image_id"] for record in records}) == len(records) == count
-    assert {(record["height"], record["width"]) for record in records} == {(360, 480)}
+def test_camvid_counts(camvid, subtests: pytest.Subtests) -> None:
+    for split, count in [("train", 367), ("val", 101), ("test", 233), ("trainval", 468)]:
+        with subtests.test(split=split):
+            records = DatasetCatalog.get(f"camvid_sem_seg_{split}")
+            assert len({record["image_id"] for record in records}) == len(records) == count
+            assert {(record["height"], record["width"]) for record in records} == {(360, 480)}
 
 
 def test_camvid_class_shares(camvid):

@@ -76,11 +76,9 @@ def test_the_config_follows_the_command_line(folder) -> None:
 
 
 def test_number_of_classes_of_an_unknown_dataset() -> None:
-    with pytest.raises(ValueError, match="'camvid_sem_seg_trian' .*did you mean camvid_sem_seg_"):
+    with pytest.raises(ValueError, match="'camvid_sem_seg_trian'.*camvid_sem_seg_"):
         num_classes("camvid_sem_seg_trian")
-    with pytest.raises(
-        ValueError, match="'camvit_sem_seg_val' .*did you mean camvid_sem_seg_val .* "
-    ):
+    with pytest.raises(ValueError, match="'camvit_sem_seg_val'.*camvid_sem_seg_val"):
         num_classes("camvit_sem_seg_val")
 
 
@@ -119,35 +117,33 @@ def test_a_folder_without_description_is_named(folder) -> None:
     (folder / "dataset.json").unlink()
     with pytest.raises(ValueError, match="put a dataset.json into .*/street"):
         check_registered(TRAIN)
-    with pytest.raises(ValueError, match=r"street/dataset\.json does not exist: write it"):
+    with pytest.raises(ValueError, match=r"street/dataset\.json"):
         register_folder(str(folder))
 
 
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ({}, "'classes' must be a list"),
-        ({"classes": []}, "'classes' must be a list"),
-        ({"classes": ["a", "a"]}, r"\['a'\] occur twice"),
-        ({"classes": [7]}, "a class must be a name"),
+def test_wrong_descriptions_are_told(folder, subtests: pytest.Subtests) -> None:
+    for entries, message in [
+        ({}, "'classes'"),
+        ({"classes": []}, "'classes'"),
+        ({"classes": ["a", "a"]}, r"\['a'\]"),
+        ({"classes": [7]}, "name.*7"),
         ({"classes": [{"name": "a", "colour": [0, 0, 0]}]}, r"'a' has unknown .*\['colour'\]"),
         ({"classes": [{"name": "a", "color": [0, 0, 256]}]}, "color of 'a' must be .*256"),
-        ({"classes": [{"name": "a", "ids": []}]}, "'a' has no label value"),
+        ({"classes": [{"name": "a", "ids": []}]}, "'a'"),
         ({"classes": [{"name": "a", "ids": [70000]}]}, "'a' must be .* 0..65535"),
-        ({"classes": [{"name": "a", "ids": [True]}]}, "'a' must be a list of integers"),
+        ({"classes": [{"name": "a", "ids": [True]}]}, "'a'.*integers"),
         ({"classes": ["a", {"name": "b", "ids": [0]}]}, "0 is both 'a' and 'b'"),
         ({"classes": ["a"], "void_ids": [0]}, "0 is both 'void' and 'a'"),
-        ({"classes": ["a"], "groups": {"g": ["b"]}}, "group 'g' must list names of classes"),
+        ({"classes": ["a"], "groups": {"g": ["b"]}}, "'g'.*names"),
         ({"classes": ["a"], "clases": []}, r"unknown entries \['clases'\]"),
-        ({"classes": ["a"], "splits": {}}, "describes no split"),
+        ({"classes": ["a"], "splits": {}}, "split"),
         ({"classes": ["a"], "splits": {"x": {"image": "i"}}}, r"'x' has unknown .*\['image'\]"),
-        ({"classes": ["a"], "splits": {"x": ["i"]}}, "'x' must be an object of strings"),
-    ],
-)
-def test_wrong_descriptions_are_told(folder, entries, message) -> None:
-    describe(folder, **entries)
-    with pytest.raises(ValueError, match=rf"street/dataset\.json.*{message}"):
-        register_folder(str(folder))
+        ({"classes": ["a"], "splits": {"x": ["i"]}}, "'x'.*strings"),
+    ]:
+        with subtests.test(entries=entries):
+            describe(folder, **entries)
+            with pytest.raises(ValueError, match=rf"street/dataset\.json.*{message}"):
+                register_folder(str(folder))
 
 
 def test_malformed_json_is_told(folder) -> None:
@@ -162,12 +158,10 @@ def test_malformed_json_is_told(folder) -> None:
 def test_missing_files_are_named(folder) -> None:
     register_folder(str(folder))
     (folder / "annotations/train/b.png").unlink()
-    with pytest.raises(ValueError, match=r"images/train/b\.jpg has no label .*annotations/train/b"):
+    with pytest.raises(ValueError, match=r"images/train/b\.jpg.*annotations/train/b"):
         DatasetCatalog.get(TRAIN)
     (folder / "annotations/val").rename(folder / "annotations/other")
-    with pytest.raises(
-        ValueError, match=r"annotations/val does not exist.* dataset\.json"
-    ) as error:
+    with pytest.raises(ValueError, match=r"annotations/val.*dataset\.json") as error:
         DatasetCatalog.get(VAL)
     assert "DETECTRON2_DATASETS" not in str(error.value)
     (folder / "images").rename(folder / "pictures")

@@ -159,20 +159,18 @@ def test_data_errors_reach_the_caller(num_workers):
             pass
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_arguments_are_checked(subtests: pytest.Subtests) -> None:
+    for arguments, message in [
         ({"total_batch_size": 10, "accumulation_steps": 4}, "total_batch_size 10 .* multiple of 4"),
         ({"total_batch_size": 0}, "total_batch_size 0"),
         ({"accumulation_steps": 0}, "accumulation_steps"),
         ({"seed": -1}, "seed.*-1"),
         ({"dataset": "shapes_sem_seg_tran"}, "'shapes_sem_seg_tran'.*shapes_sem_seg_train"),
         ({"dataset": []}, "at least one"),
-    ],
-)
-def test_arguments_are_checked(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        loader(**arguments)
+    ]:
+        with subtests.test(arguments=arguments):
+            with pytest.raises(ValueError, match=message):
+                loader(**arguments)
 
 
 def test_empty_dataset_is_named():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -55,12 +57,12 @@ def test_a_stopped_run_leaves_complete_files_and_is_gone_on_with(ade20k, monkeyp
 
     save, saved = Image.Image.save, []
 
-    def stopped(self, path, *args, **kwargs):
-        saved.append(path)
+    def stopped(self, file, *args, **kwargs):
+        saved.append(file)
         if len(saved) == 3:
-            Path(path).write_bytes(b"half a file")
+            file.write(b"half a file")
             raise KeyboardInterrupt
-        save(self, path, *args, **kwargs)
+        save(self, file, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", stopped)
@@ -91,24 +93,35 @@ def test_leftovers_of_a_killed_process_do_not_matter(ade20k) -> None:
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_the_first_failure_cancels_the_rest(tmp_path) -> None:
+def test_the_first_failure_cancels_the_rest(tmp_path, monkeypatch) -> None:
     begun = []
+    noticed = threading.Event()
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def notice(pool: ThreadPoolExecutor, wait: bool = True, *, cancel_futures: bool = False):
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        noticed.set()
+        shutdown(pool, wait=wait)
 
     def make(i: int) -> np.ndarray:
         begun.append(i)
         if i == 1:
             raise ValueError("label 1 is broken")
+        if i > 1:
+            noticed.wait()
         return np.zeros((1, 1), dtype=np.uint8)
 
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", notice)
     jobs = [Job("some", str(tmp_path / f"{i}.png"), partial(make, i)) for i in range(2000)]
     with pytest.raises(ValueError, match="label 1 is broken"):
         run_plan(Plan(jobs, {"some": (2000,)}), workers=2)
-    assert len(begun) < 2000
+    # Each worker may have begun one more, before the failure was noticed.
+    assert {0, 1} <= set(begun) <= {0, 1, 2, 3}
     assert len(list(tmp_path.iterdir())) == len(begun) - 1
 
 
 def test_workers_write_side_by_side(ade20k, monkeypatch) -> None:
-    together = threading.Barrier(2, timeout=20)
+    together = threading.Barrier(2, timeout=300)  # of one thread alone; two meet at once
     save = Image.Image.save
 
     def save_together(self, *args, **kwargs):
@@ -122,8 +135,8 @@ def test_workers_write_side_by_side(ade20k, monkeypatch) -> None:
 def test_an_incomplete_download_is_named_before_anything_is_written(ade20k) -> None:
     with pytest.raises(ValueError) as error:
         prepare(partial=False)
-    assert "ade20k_sem_seg_train has 3 label files and should have 20,210" in str(error.value)
-    assert "ade20k_sem_seg_val has 3 label files and should have 2,000" in str(error.value)
+    assert re.search(r"ade20k_sem_seg_train\b.* 3 .*20,210", str(error.value))
+    assert re.search(r"ade20k_sem_seg_val\b.* 3 .*2,000", str(error.value))
     assert "--partial" in str(error.value)
     assert not (ade20k / "annotations_detectron2").exists()
 
@@ -134,14 +147,14 @@ def test_missing_images_are_named(ade20k) -> None:
     )
     assert run_plan(plan, workers=1).written == 6
     (ade20k / "images/validation/ADE_val_00000002.jpg").unlink()
-    with pytest.raises(ValueError, match="ade20k_sem_seg_val has 2 images and should have 3 or 4"):
+    with pytest.raises(ValueError, match="ade20k_sem_seg_val.* 2 images.*3.*4"):
         run_plan(plan, workers=1)
 
 
 def test_a_split_may_be_missing_from_a_partial_download(ade20k, caplog) -> None:
     (ade20k / "annotations/training").rename(ade20k / "elsewhere")
     assert prepare().images == {"ade20k_sem_seg_val": 3}
-    assert "ade20k_sem_seg_train cannot be used" in caplog.text
+    assert "ade20k_sem_seg_train" in caplog.text
 
 
 def test_a_value_that_the_dataset_lacks_is_told(ade20k) -> None:
@@ -168,14 +181,17 @@ def test_a_truncated_label_file_is_told(ade20k) -> None:
         prepare()
 
 
-@pytest.mark.parametrize("name", sorted(PREPARATIONS))
-def test_without_a_download_the_folder_is_named(name, tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    for partially in (False, True):
-        with pytest.raises(ValueError, match=str(tmp_path)) as error:
-            run_plan(PREPARATIONS[name](), workers=1, partial=partially)
-        assert "DETECTRON2_DATASETS" in str(error.value)
-    assert not list(tmp_path.iterdir())
+def test_without_a_download_the_folder_is_named(
+    tmp_path, monkeypatch, subtests: pytest.Subtests
+) -> None:
+    for name in sorted(PREPARATIONS):
+        with subtests.test(name=name):
+            monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+            for partially in (False, True):
+                with pytest.raises(ValueError, match=str(tmp_path)) as error:
+                    run_plan(PREPARATIONS[name](), workers=1, partial=partially)
+                assert "DETECTRON2_DATASETS" in str(error.value)
+            assert not list(tmp_path.iterdir())
 
 
 def test_workers_must_be_positive(ade20k) -> None:

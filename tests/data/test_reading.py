@@ -79,20 +79,21 @@ def decoders(request, monkeypatch):
         pytest.importorskip("kornia_rs", reason="the extra `fast`")
 
 
-@pytest.mark.parametrize("name", list(FILES))
-def test_pixels_are_detectron2s(decoders, tmp_path, name):
-    path = tmp_path / name
-    path.write_bytes(FILES[name]())
-    found = reading.read_rgb(str(path))
-    assert found.dtype == np.uint8
-    assert np.array_equal(found, read_image(str(path), "RGB"))
-    if name.startswith("turned"):
-        assert found.shape == (61, 45, 3)
+def test_pixels_are_detectron2s(decoders, tmp_path, subtests: pytest.Subtests) -> None:
+    for name in list(FILES):
+        with subtests.test(name=name):
+            path = tmp_path / name
+            path.write_bytes(FILES[name]())
+            found = reading.read_rgb(str(path))
+            assert found.dtype == np.uint8
+            assert np.array_equal(found, read_image(str(path), "RGB"))
+            if name.startswith("turned"):
+                assert found.shape == (61, 45, 3)
 
 
-@pytest.mark.parametrize(
-    ("name", "channels", "fast"),
-    [
+def test_kornia_rs_is_asked_for_what_it_decodes_alike(subtests: pytest.Subtests) -> None:
+    pytest.importorskip("kornia_rs", reason="the extra `fast`")
+    for name, channels, fast in [
         ("rgb.png", 3, True),
         ("comment.png", 3, True),
         ("grey.png", 1, True),
@@ -103,54 +104,59 @@ def test_pixels_are_detectron2s(decoders, tmp_path, name):
         ("bits.png", 1, False),
         ("deep.png", 1, False),
         ("444.jpg", 3, False),
-    ],
-)
-def test_kornia_rs_is_asked_for_what_it_decodes_alike(name, channels, fast):
-    pytest.importorskip("kornia_rs", reason="the extra `fast`")
-    pixels = reading.decode_png(FILES[name](), channels)
-    assert (pixels is not None) == fast
-    if fast:
-        assert pixels.shape == ((45, 61, 3) if channels == 3 else (45, 61))
+    ]:
+        with subtests.test(name=name, channels=channels):
+            pixels = reading.decode_png(FILES[name](), channels)
+            assert (pixels is not None) == fast
+            if fast:
+                assert pixels.shape == ((45, 61, 3) if channels == 3 else (45, 61))
 
 
-@pytest.mark.parametrize(
-    ("name", "asked"), [("420.jpg", True), ("cmyk.jpg", False), ("turned.jpg", False)]
-)
-def test_kornia_rs_is_asked_for_upright_jpegs(tmp_path, monkeypatch, name, asked):
+def test_kornia_rs_is_asked_for_upright_jpegs(
+    tmp_path, monkeypatch, subtests: pytest.Subtests
+) -> None:
     kornia_io = pytest.importorskip("kornia_rs", reason="the extra `fast`").io
     black = np.zeros((45, 61, 3), dtype=np.uint8)
     monkeypatch.setattr(kornia_io, "decode_image_jpegturbo", lambda data, mode: black)
-    (tmp_path / name).write_bytes(FILES[name]())
-    assert (reading.read_rgb(str(tmp_path / name)).max() == 0) == asked
+    for name, asked in [("420.jpg", True), ("cmyk.jpg", False), ("turned.jpg", False)]:
+        with subtests.test(name=name):
+            (tmp_path / name).write_bytes(FILES[name]())
+            assert (reading.read_rgb(str(tmp_path / name)).max() == 0) == asked
 
 
-@pytest.mark.parametrize("name", ["rgb.png", "420.jpg"])
-@pytest.mark.parametrize("size", [20, 500])
-def test_files_that_end_too_early_are_named(decoders, tmp_path, name, size):
-    path = tmp_path / name
-    path.write_bytes(FILES[name]()[:size])
-    with pytest.raises(ValueError, match=rf"Cannot read the image .*{name}"):
-        reading.read_rgb(str(path))
+def test_files_that_end_too_early_are_named(decoders, tmp_path, subtests: pytest.Subtests) -> None:
+    for name in ["rgb.png", "420.jpg"]:
+        for size in [20, 500]:
+            with subtests.test(name=name, size=size):
+                path = tmp_path / name
+                path.write_bytes(FILES[name]()[:size])
+                with pytest.raises(ValueError, match=rf"Cannot read the image .*{name}"):
+                    reading.read_rgb(str(path))
 
 
-@pytest.mark.parametrize("name", ["rgb.png", "420.jpg"])
-def test_damaged_files_are_what_they_are_to_pillow(decoders, tmp_path, name):
+def test_damaged_files_are_what_they_are_to_pillow(
+    decoders, tmp_path, subtests: pytest.Subtests
+) -> None:
     """Some damage is beyond reading, some changes a few pixels or none; no decoder may differ."""
-    whole = FILES[name]()
-    path = tmp_path / name
-    outcomes = set()
-    for position in range(3, len(whole), len(whole) // 60):
-        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :])
-        try:
-            expected = read_image(str(path), "RGB")
-        except reading.READ_ERRORS:
-            outcomes.add("unreadable")
-            with pytest.raises(ValueError, match=rf"Cannot read the image .*{name}"):
-                reading.read_rgb(str(path))
-        else:
-            outcomes.add("readable")
-            assert np.array_equal(reading.read_rgb(str(path)), expected)
-    assert outcomes == {"unreadable", "readable"}
+    for name in ["rgb.png", "420.jpg"]:
+        with subtests.test(name=name):
+            whole = FILES[name]()
+            path = tmp_path / name
+            outcomes = set()
+            for position in range(3, len(whole), len(whole) // 60):
+                path.write_bytes(
+                    whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :]
+                )
+                try:
+                    expected = read_image(str(path), "RGB")
+                except reading.READ_ERRORS:
+                    outcomes.add("unreadable")
+                    with pytest.raises(ValueError, match=rf"Cannot read the image .*{name}"):
+                        reading.read_rgb(str(path))
+                else:
+                    outcomes.add("readable")
+                    assert np.array_equal(reading.read_rgb(str(path)), expected)
+            assert outcomes == {"unreadable", "readable"}
 
 
 def test_labels_that_end_too_early_are_named(decoders, tmp_path):
@@ -160,13 +166,16 @@ def test_labels_that_end_too_early_are_named(decoders, tmp_path):
         load_labels(str(tmp_path / "label.png"), IDENTITY)
 
 
-@pytest.mark.parametrize("name", ["rgb.png", "420.jpg"])
-def test_pillows_limit_of_the_size_holds(decoders, tmp_path, monkeypatch, name):
+def test_pillows_limit_of_the_size_holds(
+    decoders, tmp_path, monkeypatch, subtests: pytest.Subtests
+) -> None:
     """A small file can pretend to hold any number of pixels, which would fill the memory."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 61 * 45 // 2 - 1)
-    (tmp_path / name).write_bytes(FILES[name]())
-    with pytest.raises(ValueError, match=rf"Cannot read the image .*{name}.*bomb"):
-        reading.read_rgb(str(tmp_path / name))
+    for name in ["rgb.png", "420.jpg"]:
+        with subtests.test(name=name):
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 61 * 45 // 2 - 1)
+            (tmp_path / name).write_bytes(FILES[name]())
+            with pytest.raises(ValueError, match=rf"Cannot read the image .*{name}.*bomb"):
+                reading.read_rgb(str(tmp_path / name))
 
 
 def test_a_head_that_lies_about_the_size_is_not_believed(tmp_path):
@@ -175,10 +184,11 @@ def test_a_head_that_lies_about_the_size_is_not_believed(tmp_path):
     assert reading.decode_png(bytes(whole), channels=3) is None
 
 
-@pytest.mark.parametrize("options", [{}, {"transparency": 3}])
-def test_labels_are_as_stored(decoders, tmp_path, options):
-    stored = RNG.integers(0, 40, (60, 70), dtype=np.uint8)
-    Image.fromarray(stored).save(tmp_path / "label.png", **options)
-    labels = load_labels(str(tmp_path / "label.png"), IDENTITY)
-    assert np.array_equal(labels, stored)
-    labels[0, 0] = 0  # callers may write into them
+def test_labels_are_as_stored(decoders, tmp_path, subtests: pytest.Subtests) -> None:
+    for options in [{}, {"transparency": 3}]:
+        with subtests.test(options=options):
+            stored = RNG.integers(0, 40, (60, 70), dtype=np.uint8)
+            Image.fromarray(stored).save(tmp_path / "label.png", **options)
+            labels = load_labels(str(tmp_path / "label.png"), IDENTITY)
+            assert np.array_equal(labels, stored)
+            labels[0, 0] = 0  # callers may write into them

@@ -81,7 +81,8 @@ def test_classes_are_counted_after_the_mapping(
     assert repeat_factors([NAME], 1.0) == pytest.approx([math.sqrt(2), 1])
 
 
-@pytest.mark.parametrize("threshold", [0, -0.1, 1.5])
-def test_a_threshold_is_a_share(threshold: float) -> None:
-    with pytest.raises(ValueError, match=f"repeat_threshold={threshold}"):
-        repeat_factors([NAME], threshold)
+def test_a_threshold_is_a_share(subtests: pytest.Subtests) -> None:
+    for threshold in [0, -0.1, 1.5]:
+        with subtests.test(threshold=threshold):
+            with pytest.raises(ValueError, match=f"repeat_threshold={threshold}"):
+                repeat_factors([NAME], threshold)

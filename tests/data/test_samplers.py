@@ -38,11 +38,12 @@ def test_without_shuffling_the_order_is_kept():
     assert [index for _, index in take(7, size=3, shuffle=False)] == [0, 1, 2, 0, 1, 2, 0]
 
 
-@pytest.mark.parametrize("factors", [None, [1, 2, 1.5, 3.25, 1, 1, 1.1, 1, 1, 1]])
-@pytest.mark.parametrize("start", [1, 9, 10, 11, 37])
-def test_start_continues_the_stream(start, factors):
-    whole = take(60, repeat_factors=factors)
-    assert take(20, start=start, repeat_factors=factors) == whole[start : start + 20]
+def test_start_continues_the_stream(subtests: pytest.Subtests) -> None:
+    for factors in [None, [1, 2, 1.5, 3.25, 1, 1, 1.1, 1, 1, 1]]:
+        for start in [1, 9, 10, 11, 37]:
+            with subtests.test(factors=factors, start=start):
+                whole = take(60, repeat_factors=factors)
+                assert take(20, start=start, repeat_factors=factors) == whole[start : start + 20]
 
 
 def test_repeat_factors_are_met_on_average():
@@ -73,9 +74,8 @@ def test_ranks_partition_the_stream(world_size):
     assert merged == take(5 + 8 * world_size)[5:]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_arguments_are_checked(subtests: pytest.Subtests) -> None:
+    for arguments, message in [
         ({"size": 0}, "size 0"),
         ({"seed": -1}, "-1"),
         ({"start": -2}, "-2"),
@@ -83,11 +83,10 @@ def test_ranks_partition_the_stream(world_size):
         ({"size": 2, "repeat_factors": [1.0, 0.5]}, "1 or more, got 0.5 for sample 1"),
         ({"size": 2, "repeat_factors": [1.0, math.nan]}, "got nan for sample 1"),
         ({"rank": 2, "world_size": 2}, "rank must lie in 0..1, got 2"),
-    ],
-)
-def test_arguments_are_checked(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        take(1, **arguments)
+    ]:
+        with subtests.test(arguments=arguments):
+            with pytest.raises(ValueError, match=message):
+                take(1, **arguments)
 
 
 def draw():

@@ -58,19 +58,19 @@ def assert_same(image, labels, seeds, share, **arguments):
     assert np.mean(shares) < share
 
 
-@pytest.mark.parametrize(
-    ("size", "crop_size"),
-    [
+def test_each_draw_is_that_of_three_steps(subtests: pytest.Subtests) -> None:
+    for size, crop_size in [
         ((37, 53), (40, 30)),  # padded in one direction, cropped in the other
         ((97, 31), (64, 64)),
         ((5, 7), (9, 9)),
         ((150, 200), (50, 60)),
         ((120, 160), (120, 160)),
-    ],
-)
-@pytest.mark.parametrize("max_class_area", [1.0, 0.75, 0.1])
-def test_each_draw_is_that_of_three_steps(size, crop_size, max_class_area):
-    assert_same(*noise(*size), 40, share=0.1, crop_size=crop_size, max_class_area=max_class_area)
+    ]:
+        for max_class_area in [1.0, 0.75, 0.1]:
+            with subtests.test(size=size, crop_size=crop_size, max_class_area=max_class_area):
+                assert_same(
+                    *noise(*size), 40, share=0.1, crop_size=crop_size, max_class_area=max_class_area
+                )
 
 
 def test_each_draw_is_that_of_three_steps_on_a_real_image(camvid):
@@ -83,14 +83,15 @@ def test_each_draw_is_that_of_three_steps_on_a_real_image(camvid):
     assert_same(image, labels, 4, share=0.01, crop_size=(60, 60), scale=(0.125, 0.2), aspect=None)
 
 
-@pytest.mark.parametrize("new", [(3, 200), (50, 64), (64, 50), (127, 129), (1, 1)])
-def test_nearest_pixels_are_pillows(new):
+def test_nearest_pixels_are_pillows(subtests: pytest.Subtests) -> None:
     """Every pixel of the map has another value, so that each misplaced one shows."""
-    labels = np.arange(50 * 64, dtype=np.int32).reshape(50, 64)
-    found = ScaledCropTransform((50, 64), new, (0, 0), new).apply_segmentation(labels)
-    expected = Image.fromarray(labels).resize(new[::-1], Image.NEAREST)
-    assert found.dtype == np.int32
-    assert np.array_equal(found, np.asarray(expected))
+    for new in [(3, 200), (50, 64), (64, 50), (127, 129), (1, 1)]:
+        with subtests.test(new=new):
+            labels = np.arange(50 * 64, dtype=np.int32).reshape(50, 64)
+            found = ScaledCropTransform((50, 64), new, (0, 0), new).apply_segmentation(labels)
+            expected = Image.fromarray(labels).resize(new[::-1], Image.NEAREST)
+            assert found.dtype == np.int32
+            assert np.array_equal(found, np.asarray(expected))
 
 
 def test_only_what_the_window_needs_is_resized(monkeypatch):
@@ -124,7 +125,7 @@ def test_crops_without_limit_need_no_labels():
     crop = in_one_step((20, 30), max_class_area=1.0)
     with_labels, without = (apply(crop, image, seg, seed=3) for seg in (labels, None))
     assert np.array_equal(with_labels[0], without[0]) and without[1] is None
-    with pytest.raises(ValueError, match=r"max_class_area 0\.5 and class_crop 0\.0 need labels"):
+    with pytest.raises(ValueError, match=r"max_class_area 0\.5 and class_crop 0\.0.*labels"):
         apply(in_one_step((20, 30), max_class_area=0.5), image, None, seed=3)
     with pytest.raises(ValueError, match=r"class_crop 0\.1 need labels"):
         apply([RandomScaledCrop((20, 30), class_crop=0.1)], image, None, seed=3)
@@ -137,22 +138,23 @@ def class_crops(labels, number, **arguments):
     return [apply([crop], image, labels, seed)[1] for seed in range(number)]
 
 
-@pytest.mark.parametrize("size", [(100, 150), (12, 150), (12, 18)])
-@pytest.mark.parametrize("scale", [(1.0, 1.0), (1.0, 2.0)])
-def test_a_class_crop_lies_over_a_pixel_of_a_class(size, scale):
+def test_a_class_crop_lies_over_a_pixel_of_a_class(subtests: pytest.Subtests) -> None:
     """Of three classes, two of which have one pixel each: at a corner and in the middle."""
-    labels = np.zeros(size, dtype=np.uint8)
-    labels[:3] = 255
-    labels[-1, -1], labels[size[0] // 2, size[1] // 3] = 1, 2
-    crops = class_crops(labels, 300, scale=scale, class_crop=1.0)
-    shares = [np.mean([(crop == c).any() for crop in crops]) for c in (1, 2)]
-    # Each class is drawn in a third of the crops, and is also met by chance.
-    assert min(shares) > 0.25
-    places = [np.argwhere(crop == 2)[0] for crop in crops if (crop == 2).any()]
-    if size == (100, 150):
-        assert max(shares) < 0.45
-        # It may lie anywhere in the crop.
-        assert (np.ptp(places, axis=0) >= (17, 26)).all()
+    for size in [(100, 150), (12, 150), (12, 18)]:
+        for scale in [(1.0, 1.0), (1.0, 2.0)]:
+            with subtests.test(size=size, scale=scale):
+                labels = np.zeros(size, dtype=np.uint8)
+                labels[:3] = 255
+                labels[-1, -1], labels[size[0] // 2, size[1] // 3] = 1, 2
+                crops = class_crops(labels, 300, scale=scale, class_crop=1.0)
+                shares = [np.mean([(crop == c).any() for crop in crops]) for c in (1, 2)]
+                # Each class is drawn in a third of the crops, and is also met by chance.
+                assert min(shares) > 0.25
+                places = [np.argwhere(crop == 2)[0] for crop in crops if (crop == 2).any()]
+                if size == (100, 150):
+                    assert max(shares) < 0.45
+                    # It may lie anywhere in the crop.
+                    assert (np.ptp(places, axis=0) >= (17, 26)).all()
 
 
 def test_class_crops_are_as_frequent_as_told():

@@ -113,7 +113,7 @@ def test_masks_of_another_file_are_told(root) -> None:
     path = published.pascal_context_json(root, {2: [0]})
     data = json.loads(path.read_text())
     path.write_text(json.dumps({"images": data["images"], "annotations": []}))
-    with pytest.raises(ValueError, match="trainval_merged.json is not .*annos_segmentation"):
+    with pytest.raises(ValueError, match="trainval_merged.json.*annos_segmentation"):
         prepare("pascal_context")
 
 
@@ -164,7 +164,7 @@ def test_a_strange_frame_is_told(root) -> None:
     published.camvid_original(root, [(0, 0, 0)])
     folder = root / "camvid_original/LabeledApproved_full"
     (folder / "0001TP_006690_L.png").rename(folder / "0016E5_08000000_L.png")
-    with pytest.raises(ValueError, match="0016E5_08000000 is no labelled frame of CamVid"):
+    with pytest.raises(ValueError, match="0016E5_08000000.*CamVid"):
         prepare("camvid_original")
 
 
@@ -232,7 +232,7 @@ def test_a_listed_image_that_is_missing_is_named(root) -> None:
     published.coco_stuff_10k(root)
     prepare("coco_stuff_10k")
     (root / "coco_stuff_10k/images/COCO_train2014_000000000078.jpg").unlink()
-    with pytest.raises(ValueError, match="lacks the image COCO_train2014_000000000078.jpg"):
+    with pytest.raises(ValueError, match="COCO_train2014_000000000078.jpg"):
         read_records("coco_stuff_10k_sem_seg_test")
 
 

@@ -189,23 +189,24 @@ def scores(output: SegOutput) -> Tensor:
     return sum((x * torch.randn_like(x)).sum() for x in maps)
 
 
-# The second has an odd number of rows and columns at every stride, and one row at the coarsest; the
-# third is no multiple of any stride.
-@pytest.mark.parametrize(("height", "width"), [(64, 96), (32, 160), (101, 67)])
-def test_output(row: Row, height: int, width: int) -> None:
-    if row.name.startswith("semfpn") and height % 32:
-        pytest.skip("detectron2's pyramid needs exact strides, to which the segmentor pads images")
+# The second has an odd number of rows and columns at every stride, and one row at the coarsest.
+EXACT_SIZES = [(64, 96), (32, 160)]
+# No multiple of any stride: not for detectron2's pyramid, for which the segmentor pads images.
+ODD_SIZE = (101, 67)
 
-    def size(stride: int) -> tuple[int, int]:
-        return -(-height // stride), -(-width // stride)
 
-    output = row.build(row.shapes).decode(inputs(row.shapes, height, width))
-    assert isinstance(output, SegOutput)
-    assert output.logits.shape == (2, NUM_CLASSES, *size(row.stride))
-    assert (output.aux_logits is None) == (row.aux is None)
-    if row.aux is not None:
-        assert output.aux_logits.shape == (2, NUM_CLASSES, *size(row.aux))
-    assert {name: x.shape[1] for name, x in output.features.items()} == row.features
+def test_output(row: Row, subtests: pytest.Subtests) -> None:
+    for height, width in EXACT_SIZES + [ODD_SIZE] * (not row.name.startswith("semfpn")):
+        with subtests.test(height=height, width=width):
+            output = row.build(row.shapes).decode(inputs(row.shapes, height, width))
+            assert isinstance(output, SegOutput)
+            size = (-(-height // row.stride), -(-width // row.stride))
+            assert output.logits.shape == (2, NUM_CLASSES, *size)
+            assert (output.aux_logits is None) == (row.aux is None)
+            if row.aux is not None:
+                size = (-(-height // row.aux), -(-width // row.aux))
+                assert output.aux_logits.shape == (2, NUM_CLASSES, *size)
+            assert {name: x.shape[1] for name, x in output.features.items()} == row.features
 
 
 def test_auxiliary_heads_do_not_run_in_evaluation(row: Row) -> None:

@@ -20,35 +20,40 @@ def shapes(stride: int, channels: int = 4) -> dict[str, ShapeSpec]:
     }
 
 
-@pytest.mark.parametrize(
-    ("stride", "dilations", "expected"),
-    [(8, None, (12, 24, 36)), (16, None, (6, 12, 18)), (32, (1, 2, 4), (1, 2, 4))],
-)
-def test_what_a_pixel_depends_on(
-    stride: int, dilations: tuple[int, ...] | None, expected: tuple[int, ...]
-) -> None:
-    decoder = DeepLabV3Decoder(
-        shapes(stride), num_classes=2, dilations=dilations, channels=3, norm=""
-    ).eval()
-    for parameter in decoder.parameters():
-        nn.init.ones_(parameter)  # nothing cancels, and ReLU passes all
-    nn.init.zeros_(decoder.aspp.convs[-1][1].weight)  # the branch that sees everything
-    x = torch.ones(1, 4, 81, 79, requires_grad=True)
-    decoder.decode({"res5": x}).logits[0, 0, 40, 39].backward()
-    seen = {(y - 40, x - 39) for y, x in x.grad[0, 0].nonzero().tolist()}
-    assert seen == {(d * i, d * j) for d in expected for i in (-1, 0, 1) for j in (-1, 0, 1)}
+def test_what_a_pixel_depends_on(subtests: pytest.Subtests) -> None:
+    for stride, dilations, expected in [
+        (8, None, (12, 24, 36)),
+        (16, None, (6, 12, 18)),
+        (32, (1, 2, 4), (1, 2, 4)),
+    ]:
+        with subtests.test(stride=stride):
+            decoder = DeepLabV3Decoder(
+                shapes(stride), num_classes=2, dilations=dilations, channels=3, norm=""
+            ).eval()
+            for parameter in decoder.parameters():
+                nn.init.ones_(parameter)  # nothing cancels, and ReLU passes all
+            nn.init.zeros_(decoder.aspp.convs[-1][1].weight)  # the branch that sees everything
+            x = torch.ones(1, 4, 81, 79, requires_grad=True)
+            decoder.decode({"res5": x}).logits[0, 0, 40, 39].backward()
+            seen = {(y - 40, x - 39) for y, x in x.grad[0, 0].nonzero().tolist()}
+            assert seen == {
+                (d * i, d * j) for d in expected for i in (-1, 0, 1) for j in (-1, 0, 1)
+            }
 
 
-@pytest.mark.parametrize("size", [(5, 7), (1, 3), (33, 20)])
-def test_the_image_is_pooled_whole(size: tuple[int, int]) -> None:
-    decoder = DeepLabV3Decoder(shapes(8), num_classes=2, channels=3)
-    branches = []
-    decoder.aspp.project.register_forward_pre_hook(lambda _, x: branches.extend(x))
-    x = torch.randn(1, 4, *size)
-    assert decoder.decode({"res5": x}).logits.shape[-2:] == size
-    conv = decoder.aspp.convs[-1][1]
-    mean = F.conv2d(x.mean(dim=(2, 3), keepdim=True), conv.weight, conv.bias).relu()
-    torch.testing.assert_close(branches[0][:, -3:], mean.expand(-1, -1, *size))
+def test_the_image_is_pooled_whole(subtests: pytest.Subtests) -> None:
+    for size in [(5, 7), (1, 3), (33, 20)]:
+        with subtests.test(size=size):
+            decoder = DeepLabV3Decoder(shapes(8), num_classes=2, channels=3)
+            branches = []
+            decoder.aspp.project.register_forward_pre_hook(
+                lambda _, x, seen=branches: seen.extend(x)
+            )
+            x = torch.randn(1, 4, *size)
+            assert decoder.decode({"res5": x}).logits.shape[-2:] == size
+            conv = decoder.aspp.convs[-1][1]
+            mean = F.conv2d(x.mean(dim=(2, 3), keepdim=True), conv.weight, conv.bias).relu()
+            torch.testing.assert_close(branches[0][:, -3:], mean.expand(-1, -1, *size))
 
 
 def test_parameters_against_torchvision() -> None:

@@ -119,8 +119,8 @@ def from_lazy(name: str, segmentor: str) -> nn.Module:
     if segmentor == "SemanticSegmentor":
         return instantiate(L(SemanticSegmentor)(**model))
     contrast = common("contrast/ms_cs", "ms_cs")
-    contrast.projector.in_channels = L(feature_channels)(name=NAME)
-    contrast.sampler.num_classes = NUM_CLASSES
+    contrast.channels = L(feature_channels)(name=NAME)
+    contrast.num_classes = NUM_CLASSES
     loss = L(SegLoss)(main=L(CrossEntropyLoss)())
     return instantiate(L(ContrastiveSegmentor)(seg_loss=loss, contrast=contrast, **model))
 

@@ -45,9 +45,8 @@ def meta_model(cfg: DictConfig) -> ContrastiveSegmentor:
 # Millions of parameters, with the auxiliary head where there is one. From Wang et al., TPAMI 2020
 # (HRNetV2), Liu et al., ICCV 2021 (UPerNet on Swin and on ResNet-101 for ADE20K's 150 classes),
 # Pissas et al., ECCV 2022 (OCR, and UPerNet without auxiliary head).
-@pytest.mark.parametrize(
-    ("file", "key", "overrides", "num_classes", "millions", "tolerance"),
-    [
+def test_parameters(subtests: pytest.Subtests) -> None:
+    for file, key, overrides, num_classes, millions, tolerance in [
         ("fcn_hrnet", "model", (), 19, 65.9, 0.002),
         ("ocr", "model", (), 19, 70.4, 0.01),
         # Their auxiliary head has 3x3 convolutions.
@@ -67,19 +66,11 @@ def meta_model(cfg: DictConfig) -> ContrastiveSegmentor:
         ("upernet", "model", (f"backbone.name={SWIN.format('large')}",), 150, 234.0, 0.002),
         ("upernet", "model", RESNET, 150, 86.0, 0.01),
         ("upernet", "model", (*RESNET, NO_AUX), 19, 83.0, 0.002),
-    ],
-)
-def test_parameters(
-    file: str,
-    key: str,
-    overrides: tuple[str, ...],
-    num_classes: int,
-    millions: float,
-    tolerance: float,
-) -> None:
-    model = meta_model(config(file, *overrides, num_classes=num_classes, key=key))
-    count = sum(p.numel() for p in model.parameters())
-    assert count / 1e6 == pytest.approx(millions, rel=tolerance)
+    ]:
+        with subtests.test(file=file, key=key, overrides=overrides):
+            model = meta_model(config(file, *overrides, num_classes=num_classes, key=key))
+            count = sum(p.numel() for p in model.parameters())
+            assert count / 1e6 == pytest.approx(millions, rel=tolerance)
 
 
 CHANNELS = "${model.sem_seg_head.channels}"

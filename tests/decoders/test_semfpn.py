@@ -48,8 +48,11 @@ def test_a_pyramid_without_stride_4_still_gives_stride_4() -> None:
     assert list(output.features) == ["p3", "p4", "p5", "pre_logits"]
 
 
-@pytest.mark.parametrize("strides", [(4, 8, 8, 8), (4, 16), ()])
-def test_strides_that_do_not_double(strides: tuple[int, ...]) -> None:
-    shapes = {f"res{i}": ShapeSpec(channels=8, stride=s) for i, s in enumerate(strides, start=2)}
-    with pytest.raises(ValueError, match="strides double"):
-        SemSegFPNDecoder(shapes, num_classes=3)
+def test_strides_that_do_not_double(subtests: pytest.Subtests) -> None:
+    for strides in [(4, 8, 8, 8), (4, 16), ()]:
+        with subtests.test(strides=strides):
+            shapes = {
+                f"res{i}": ShapeSpec(channels=8, stride=s) for i, s in enumerate(strides, start=2)
+            }
+            with pytest.raises(ValueError, match="strides double"):
+                SemSegFPNDecoder(shapes, num_classes=3)

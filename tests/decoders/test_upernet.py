@@ -32,18 +32,20 @@ def inputs(images: int = 2, dtype: torch.dtype = torch.float32) -> dict[str, Ten
 
 
 # Divisible, not divisible, and smaller than the grid.
-@pytest.mark.parametrize("size", [(12, 18), (7, 11), (4, 5), (1, 1)])
-def test_grid_means(size: tuple[int, int]) -> None:
-    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
-    means = grid_means(x, (1, 2, 3, 6))
-    expected = [F.adaptive_avg_pool2d(x, n) for n in (1, 2, 3, 6)]
-    for mean, other in zip(means, expected, strict=True):
-        torch.testing.assert_close(mean, other)
-        direction = torch.randn_like(mean)
-        ours, theirs = (
-            torch.autograd.grad(y, x, direction, retain_graph=True)[0] for y in (mean, other)
-        )
-        torch.testing.assert_close(ours, theirs)
+def test_grid_means(subtests: pytest.Subtests) -> None:
+    for size in [(12, 18), (7, 11), (4, 5), (1, 1)]:
+        with subtests.test(size=size):
+            x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+            means = grid_means(x, (1, 2, 3, 6))
+            expected = [F.adaptive_avg_pool2d(x, n) for n in (1, 2, 3, 6)]
+            for mean, other in zip(means, expected, strict=True):
+                torch.testing.assert_close(mean, other)
+                direction = torch.randn_like(mean)
+                ours, theirs = (
+                    torch.autograd.grad(y, x, direction, retain_graph=True)[0]
+                    for y in (mean, other)
+                )
+                torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

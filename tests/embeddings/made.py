@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from contrast_d2.embeddings import (
+from contrast_d2.studio.embeddings import (
     ModelStudy,
     PixelSet,
     label_suspects,

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from contrast_d2.embeddings import metrics
+from contrast_d2.studio.embeddings import metrics
 
 ANGLES = np.radians([0, 10, 20, 90, 100, 110, 5, 95, 45])
 CIRCLE = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1).astype(np.float32)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contrast_d2.embeddings import plot_class_similarity, plot_planes, short_names
+from contrast_d2.studio.embeddings import plot_class_similarity, plot_planes, short_names
 
 from .made import COLORS, MODELS, NAMES, made_page
 

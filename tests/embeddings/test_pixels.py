@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from contrast_d2.contrast.sampling import downsample_labels
-from contrast_d2.embeddings import PixelSet, collect_pixels
-from contrast_d2.embeddings.layers import LayerOutput
-from contrast_d2.embeddings.pixels import PixelReservoir, lowest_of_each_class
+from contrast_d2.studio.embeddings import PixelSet, collect_pixels
+from contrast_d2.studio.embeddings.layers import LayerOutput
+from contrast_d2.studio.embeddings.pixels import PixelReservoir, lowest_of_each_class
 
 STRIDE, CLASSES = 4, 3
 

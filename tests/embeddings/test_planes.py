@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from contrast_d2.embeddings import PLANES, pca_plane
+from contrast_d2.studio.embeddings import PLANES, pca_plane
 
 
 @pytest.fixture

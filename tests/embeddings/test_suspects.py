@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from contrast_d2.embeddings import label_suspects
+from contrast_d2.studio.embeddings import label_suspects
 
 LABELS = np.array([0, 0, 0, 0])
 EVERY = np.ones(4, bool)

@@ -142,17 +142,17 @@ def test_the_newest_whole_checkpoint_is_resumed_from(
     assert len(warnings) == bool(said)
     if said:  # names both
         assert said in warnings[0]
-        assert f"resuming from {folder / f'model_{expected:07d}.pth'} instead" in warnings[0]
+        assert str(folder / f"model_{expected:07d}.pth") in warnings[0]
 
 
 def test_damage_to_all_checkpoints_is_no_new_start(folder: Path) -> None:
     for name in (NEWEST, "model_0000003.pth", "model_0000001.pth"):
         cut(folder / name, 2000)
-    with pytest.raises(ValueError, match="no checkpoint to resume from: .*000001.pth.*--resume"):
+    with pytest.raises(ValueError, match="000001.pth.*--resume"):
         find_resumable(str(folder))
     for path in folder.glob("model_0*"):
         path.unlink()
-    with pytest.raises(ValueError, match=f"{NEWEST}: there is no such file"):
+    with pytest.raises(ValueError, match=NEWEST):
         find_resumable(str(folder))
     (folder / TAG).unlink()  # no training got as far as a checkpoint
     assert find_resumable(str(folder)) == ""
@@ -179,7 +179,7 @@ def test_a_flipped_bit_is_found_or_does_nothing(folder: Path) -> None:
 
 def test_what_is_no_state_of_this_training_is_not_resumed_from(folder: Path) -> None:
     torch.save({"model": nn.Linear(40, 40).state_dict()}, folder / NEWEST)
-    with pytest.raises(ValueError, match="000005.pth holds weights alone, without trainer"):
+    with pytest.raises(ValueError, match="000005.pth.*trainer"):
         checkpointer_of(folder).resume_or_load("", resume=True)
     (folder / TAG).write_text("model_0000003.pth")
     other = Checkpointer(nn.Linear(40, 30), str(folder), trainer=Iteration())
@@ -297,7 +297,7 @@ def test_a_pickle_is_read_only_when_allowed(name: str, tmp_path: Path) -> None:
 def test_weights_of_another_architecture_are_no_start(tmp_path: Path) -> None:
     torch.save({"model": {"conv.weight": torch.zeros(3)}}, tmp_path / "other.pth")
     checkpointer = Checkpointer(nn.Linear(2, 2), str(tmp_path / "run"))
-    with pytest.raises(ValueError, match="other.pth holds none of the model's .* such as bias"):
+    with pytest.raises(ValueError, match="other.pth.*bias"):
         checkpointer.load(str(tmp_path / "other.pth"), checkpointables=[])
     # Some do: those of the same shape are taken, as for a new number of classes.
     torch.save({"model": {"bias": torch.ones(2)}}, tmp_path / "part.pth")

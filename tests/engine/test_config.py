@@ -45,34 +45,32 @@ def test_none_switches_the_contrast_off(none: str) -> None:
 def test_one_key_contrasts_across_processes() -> None:
     cfg = load_config(CONFIG, ["model.contrast.across_processes=True"])
     contrast = instantiate(cfg.model).contrast
-    assert contrast.across_processes and contrast.sampler.across_processes
+    assert contrast.across_processes
 
 
 def test_arguments_that_the_config_leaves_at_their_default_can_be_set() -> None:
-    cfg = load_config(CONFIG, ["model.contrast.symmetric=True", "model.backbone.norm_outputs=True"])
-    assert cfg.model.contrast.symmetric is True
+    cfg = load_config(CONFIG, ["model.contrast.norm=layer", "model.backbone.norm_outputs=True"])
+    assert cfg.model.contrast.norm == "layer"
     assert cfg.model.backbone.norm_outputs is True
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("model.contrst.temperature=0.2", "Did you mean model.contrast.temperature"),
-        ("train.max_iters=3", "Did you mean train.max_iter"),
-        ("model.contrast.temprature=0.2", "Did you mean model.contrast.temperature"),
-        ("model.backbone.drop_path=0.1", "Did you mean model.backbone.drop_path_rate"),
-        ("optimizer.lr.x=1", "optimizer.lr is the value"),
+def test_a_wrong_override_is_told(subtests: pytest.Subtests) -> None:
+    for override, message in [
+        ("model.contrst.temperature=0.2", "model.contrast.temperature"),
+        ("train.max_iters=3", r"train\.max_iters.*train\.max_iter\b"),
+        ("model.contrast.temprature=0.2", "model.contrast.temperature"),
+        ("model.backbone.drop_path=0.1", "model.backbone.drop_path_rate"),
+        ("optimizer.lr.x=1", "optimizer.lr.x.*optimizer.lr "),
         ("model.contrast.cross_scale.7.2=1", "is a list of 2"),
-        ("train.max_iter", "cannot read the override|not of the form"),
-        ("--resume", "flags go before"),
-        ("~train.seed", "not of the form"),
-        ("train.seed=1,2", "not of the form"),
-        ("train.output_dir=a:b(", "cannot read the override"),
-    ],
-)
-def test_a_wrong_override_is_told(override: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_config(CONFIG, [override])
+        ("train.max_iter", "'train.max_iter'"),
+        ("--resume", "--resume"),
+        ("~train.seed", "'~train.seed'.*key=value"),
+        ("train.seed=1,2", "'train.seed=1,2'.*key=value"),
+        ("train.output_dir=a:b(", r"'train.output_dir=a:b\('"),
+    ]:
+        with subtests.test(override=override):
+            with pytest.raises(ValueError, match=message):
+                load_config(CONFIG, [override])
 
 
 def test_a_key_under_none_is_told() -> None:
@@ -114,41 +112,37 @@ def test_what_a_run_of_detectron2s_yaml_saves_is_a_lazy_config(tmp_path: Path) -
     }
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["SOLVER.MAX_ITERS", "3"], "unknown config key SOLVER.MAX_ITERS. .* SOLVER.MAX_ITER?"),
-        (["MODEL.BACKBONE.OPTIONS.NAMES", "x"], "unknown config key MODEL.BACKBONE.OPTIONS.NAMES"),
+def test_a_wrong_override_of_detectron2s_yaml_is_told(subtests: pytest.Subtests) -> None:
+    for overrides, message in [
+        (["SOLVER.MAX_ITERS", "3"], r"SOLVER.MAX_ITERS.*SOLVER.MAX_ITER\b"),
+        (["MODEL.BACKBONE.OPTIONS.NAMES", "x"], "MODEL.BACKBONE.OPTIONS.NAMES"),
         (["SOLVER.MAX_ITER", "many"], "Type mismatch.*SOLVER.MAX_ITER"),
-        (["SOLVER.MAX_ITER"], "SOLVER.MAX_ITER: the last override has no value"),
+        (["SOLVER.MAX_ITER"], "SOLVER.MAX_ITER: .*KEY VALUE"),
         (["train.max_iter=3"], "train.max_iter=3: .* KEY VALUE"),
-        (["SOLVER.MAX_ITER", "3", "--resume"], "--resume: flags go before"),
-        (["MODEL.CONTRAST.OPTIONS.SCALE_WEIGHTS", "{res2: 1}"], "write it as in Python"),
-    ],
-)
-def test_a_wrong_override_of_detectron2s_yaml_is_told(overrides: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_config(YAML, overrides)
+        (["SOLVER.MAX_ITER", "3", "--resume"], "--resume"),
+        (["MODEL.CONTRAST.OPTIONS.SCALE_WEIGHTS", "{res2: 1}"], "{res2: 1}.*'res2': 1"),
+    ]:
+        with subtests.test(overrides=overrides):
+            with pytest.raises(ValueError, match=message):
+                load_config(YAML, overrides)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no keys"),
-        ("- a\n- b\n", "holds no keys"),
-        ("MODEL: {\n", "is not valid yaml"),
+def test_a_wrong_yaml_file_is_told(tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for text, message in [
+        ("", "keys"),
+        ("- a\n- b\n", "keys"),
+        ("MODEL: {\n", "yaml"),
         ("_BASE_: no.yaml\nSEED: 1\n", "no.yaml"),
-        ("MODEL:\n  BACKBON:\n    NAME: x\n", "unknown config key MODEL.BACKBON. Did you mean"),
+        ("MODEL:\n  BACKBON:\n    NAME: x\n", "MODEL.BACKBON[^E]"),
         ("SOLVER:\n  MAX_ITER: soon\n", "Type mismatch"),
         ("SOLVER: 3\n", "Type mismatch"),
-    ],
-)
-def test_a_wrong_yaml_file_is_told(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "x.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message) as error:
-        load_config(str(path))
-    assert str(path) in str(error.value)
+    ]:
+        with subtests.test(text=text):
+            path = tmp_path / "x.yaml"
+            path.write_text(text)
+            with pytest.raises(ValueError, match=message) as error:
+                load_config(str(path))
+            assert str(path) in str(error.value)
 
 
 @pytest.fixture
@@ -181,7 +175,7 @@ def test_modules_are_imported_by_name_and_by_path(folder: Path, name: str) -> No
 
 
 def test_modules_that_are_not_there_are_told(folder: Path) -> None:
-    with pytest.raises(ValueError, match="--import no_such_module: there is no such module"):
+    with pytest.raises(ValueError, match="--import no_such_module"):
         import_modules(["no_such_module"])
     with pytest.raises(ValueError, match="--import x/y.py: there is no such module"):
         import_modules(["x/y.py"])
@@ -216,5 +210,5 @@ def test_an_experiment_anywhere_builds_on_one_of_ours(tmp_path: Path) -> None:
     assert cfg == expected
     # Interpolations are of the whole config that they are now in.
     assert cfg.dataloader.evaluator.output_dir == "output/mine/inference/shapes_sem_seg_val"
-    with pytest.raises(ValueError, match="no experiment file .*Did you mean 'camvid/semfpn_r18_b"):
+    with pytest.raises(ValueError, match="'camvid/semfpn_r18_b"):
         get_config("camvid/semfpn_r18_bas_6k.py")

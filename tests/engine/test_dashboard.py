@@ -10,19 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 from detectron2.utils.events import TensorboardXWriter
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from contrast_d2.contrast import ContrastSum
 from contrast_d2.engine import Trainer
-from contrast_d2.engine import dashboard as module
-from contrast_d2.engine.dashboard import Dashboard
 from contrast_d2.engine.hooks import MetricsWriter
+from contrast_d2.studio import dashboard as module
+from contrast_d2.studio.dashboard import Dashboard
 
 from ..tiny import NUM_CLASSES, tiny_contrast, tiny_segmentor
 
-NAMES = [f"class {k}" for k in range(NUM_CLASSES)]
+DATASET = "dashboard_of_a_test"
+MetadataCatalog.get(DATASET).stuff_classes = [f"class {k}" for k in range(NUM_CLASSES)]
 
 
 def batches() -> Iterator[list[dict[str, Any]]]:
@@ -41,13 +43,17 @@ def batches() -> Iterator[list[dict[str, Any]]]:
 
 
 def train(
-    folder: Path, period: int | None, contrast: torch.nn.Module, length: int = 6, **options: Any
+    folder: Path,
+    period: int | None,
+    contrast: torch.nn.Module | None,
+    length: int = 6,
+    **options: Any,
 ) -> Trainer:
     model = tiny_segmentor(contrast)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = Trainer(model, batches(), optimizer, seed=0, **options)
     if period:
-        trainer.register_hooks([Dashboard(contrast, period, str(folder), NAMES)])
+        trainer.register_hooks([Dashboard(period, str(folder), DATASET)])
     writer = MetricsWriter(lambda: [TensorboardXWriter(str(folder))], 1, str(folder))
     trainer.register_hooks([writer])
     trainer.train(0, length)
@@ -130,13 +136,13 @@ def test_other_iterations_have_no_inspection(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contrast, seen = tiny_contrast(), []
-    original = type(contrast).contrast
+    original = type(contrast).terms
 
     def contrasting(self: Any, *args: Any) -> Any:
         seen.append(self.inspection is not None)
         return original(self, *args)
 
-    monkeypatch.setattr(type(contrast), "contrast", contrasting)
+    monkeypatch.setattr(type(contrast), "terms", contrasting)
     train(tmp_path, 3, contrast, length=7)
     assert seen == [False, False, True, False, False, True, False]
     assert contrast.inspection is None
@@ -178,9 +184,14 @@ def test_images_are_shown_in_rgb(
     model = tiny_segmentor(contrast)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     trainer = Trainer(model, batches(), optimizer, seed=0)
-    trainer.register_hooks([Dashboard(contrast, 1, str(tmp_path), NAMES, image_format)])
+    trainer.register_hooks([Dashboard(1, str(tmp_path), DATASET, image_format)])
     trainer.train(0, 1)
     images, names = shown[0]
     expected = next(batches())[0]["image"].permute(1, 2, 0).numpy()
     assert np.array_equal(images[0], expected if image_format == "RGB" else expected[..., ::-1])
     assert names == ["image_0_0", "image_0_1"]
+
+
+def test_a_baseline_shows_nothing(tmp_path: Path) -> None:
+    train(tmp_path, 1, None, length=1)
+    assert not (tmp_path / "dashboard").exists()

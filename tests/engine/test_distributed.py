@@ -45,12 +45,11 @@ def build(across_processes: bool) -> ContrastiveSegmentor:
     backbone = WithoutBatchNorm()
     contrast = MultiScaleContrast(
         MultiScaleProjector({"res2": 8, "res3": 16}, 8, num_hidden=0),
-        # So large a floor that every pixel is drawn: the draw is then the same everywhere.
-        BalancedSampler(4, floor=1000, across_processes=across_processes),
+        # So large a least number that every pixel is drawn: the draw is then the same everywhere.
+        BalancedSampler(4, min_per_class=1000),
         scale_weights={"res2": 1.0, "res3": 0.5},
         cross_scale=[("res2", "res3", 1.0)],
         weight=1.0,
-        cross_weight=1.0,
         across_processes=across_processes,
     )
     return ContrastiveSegmentor(

@@ -16,13 +16,12 @@ from detectron2.utils.events import EventStorage, JSONWriter
 from torch import nn
 
 from contrast_d2.engine import Checkpointer
-from contrast_d2.engine.files import (
+from contrast_d2.engine.hooks import MetricsWriter, keep_metrics_until
+from contrast_d2.files import (
     DiskFullError,
-    keep_metrics_until,
     stop_when_disk_is_full,
-    write_atomically,
+    write_durably,
 )
-from contrast_d2.engine.hooks import MetricsWriter
 
 
 @contextmanager
@@ -46,7 +45,7 @@ def test_a_failed_write_leaves_the_file_of_before(tmp_path: Path) -> None:
         raise OSError(errno.EIO, "the disk is broken")
 
     with pytest.raises(OSError, match="the disk is broken"):
-        write_atomically(str(path), fail)
+        write_durably(str(path), fail)
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -61,8 +60,8 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path: Path) -> None:
         with largest_file(size), pytest.raises(DiskFullError) as raised:
             checkpointer.save("model_0000003")
         message = str(raised.value)
-        assert "model_0000003.pth could not be written: File too large." in message
-        assert "make room, then continue with --resume" in message and "\n" not in message
+        assert "model_0000003.pth" in message and "File too large" in message
+        assert "--resume" in message and "\n" not in message
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     checkpointer.save("model_0000003")
     assert not torch.load(tmp_path / "model_0000003.pth")["model"]["weight"].any()
@@ -116,5 +115,5 @@ def test_the_folder_is_synced_after_the_rename(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
-    write_atomically(str(tmp_path / "file"), lambda file: file.write(b"x"))
+    write_durably(str(tmp_path / "file"), lambda file: file.write(b"x"))
     assert synced == [[f"file.{os.getpid()}.tmp"], ["file"]]

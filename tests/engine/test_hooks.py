@@ -87,10 +87,11 @@ def test_only_what_is_left_at_test_time_is_averaged() -> None:
     assert len(names) < len(model.state_dict())
 
 
-@pytest.mark.parametrize("decay", [0.0, 1.0, -0.5, float("nan")])
-def test_a_decay_out_of_range_is_refused(decay: float) -> None:
-    with pytest.raises(ValueError, match="train.ema_decay=.* None for no average"):
-        WeightAverage(network(), decay)
+def test_a_decay_out_of_range_is_refused(subtests: pytest.Subtests) -> None:
+    for decay in [0.0, 1.0, -0.5, float("nan")]:
+        with subtests.test(decay=decay):
+            with pytest.raises(ValueError, match="train.ema_decay=.* None for no average"):
+                WeightAverage(network(), decay)
 
 
 # --- Metrics.

@@ -16,14 +16,14 @@ import torch
 
 from contrast_d2.engine import check_launch, tell_failure
 
-from .dying import ROOT, command, free_port, start
+from .dying import ROOT, TIMEOUT, command, free_port, start
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests the path without a GPU")
 
 
 def test_two_processes_know_each_other(tmp_path: Path) -> None:
     job = start("report", tmp_path, "--num-gpus", "2")
-    _, errors = job.communicate(timeout=500)
+    _, errors = job.communicate()
     assert job.returncode == 0, errors
     assert (tmp_path / "0").read_text().splitlines() == [
         "0 of 2",
@@ -41,8 +41,8 @@ def here(rank: int) -> str:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("killed", "error: process 1 terminated with signal SIGKILL"),
-        ("raises", "error: Process 1 terminated with the following error:"),
+        ("killed", "error: process 1 terminated"),
+        pytest.param("raises", "error: Process 1 terminated", marks=pytest.mark.slow),
         pytest.param("mistake", here(0) + "x.png is missing.", marks=pytest.mark.slow),
         pytest.param("hangs", "error: Process 0 terminated", marks=pytest.mark.slow),
     ],
@@ -51,7 +51,7 @@ def test_when_a_process_dies_all_end_and_it_is_named(
     tmp_path: Path, how: str, message: str
 ) -> None:
     job = start(how, tmp_path, "--num-gpus", "2")
-    _, errors = job.communicate(timeout=300)
+    _, errors = job.communicate()
     assert job.returncode == 1
     last = errors.strip().splitlines()[-1]
     # Of a mistake that all make, either may be the first to tell.
@@ -60,6 +60,8 @@ def test_when_a_process_dies_all_end_and_it_is_named(
     assert ("Traceback" in errors) == (how in ("raises", "hangs"))
     for rank in (0, 1):
         assert not runs(int((tmp_path / f"pid{rank}").read_text()))
+        if how != "mistake":
+            assert (tmp_path / f"timeout{rank}").read_text() == str(TIMEOUT)
 
 
 def runs(pid: int) -> bool:
@@ -72,10 +74,19 @@ def runs(pid: int) -> bool:
     return bool(state.stdout.strip()) and not state.stdout.strip().startswith("Z")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+    ],
+)
 def test_processes_end_with_their_launcher(tmp_path: Path, number: signal.Signals) -> None:
     """Also where it was started in the background, in which a shell has SIGINT ignored."""
-    line = " ".join(command("hangs", tmp_path, "--num-gpus", "2"))
+    if signal.getsignal(number) is signal.SIG_IGN:
+        pytest.skip(f"{number.name} is ignored here, as nohup does it, and so by all children")
+    line = " ".join(command("waits", tmp_path, "--num-gpus", "2"))
     shell = subprocess.run(
         ["sh", "-c", f"{line} >/dev/null 2>&1 & echo $!"],
         cwd=ROOT,
@@ -85,7 +96,8 @@ def test_processes_end_with_their_launcher(tmp_path: Path, number: signal.Signal
         check=True,
     )
     launcher = int(shell.stdout)
-    wait_until(lambda: (tmp_path / "time").exists() and (tmp_path / "pid0").exists())
+    files = [tmp_path / f"{name}{rank}" for name in ("pid", "timeout") for rank in (0, 1)]
+    wait_until(lambda: all(file.exists() for file in files))  # the first two are complete by then
     pids = [int((tmp_path / f"pid{rank}").read_text()) for rank in (0, 1)]
     assert all(map(runs, pids))
     os.kill(launcher, number)
@@ -93,9 +105,8 @@ def test_processes_end_with_their_launcher(tmp_path: Path, number: signal.Signal
 
 
 def wait_until(condition) -> None:
-    end = time.monotonic() + 300
+    """Waits for what takes as long as the machine is busy; pytest's time limit ends it."""
     while not condition():
-        assert time.monotonic() < end, "nothing happened in 5 minutes"
         time.sleep(0.05)
 
 
@@ -103,7 +114,7 @@ def wait_until(condition) -> None:
 def test_two_machines_know_each_other(tmp_path: Path) -> None:
     job = ("--num-machines", "2", "--dist-url", f"tcp://127.0.0.1:{free_port()}", "--machine-rank")
     machines = [start("report", tmp_path, *job, str(m)) for m in (1, 0)]
-    assert [machine.wait(timeout=500) for machine in machines] == [0, 0]
+    assert [machine.wait() for machine in machines] == [0, 0]
     for rank in (0, 1):
         lines = (tmp_path / str(rank)).read_text().splitlines()
         assert lines[:2] == [f"{rank} of 2", "local 0 of 1"]
@@ -124,7 +135,7 @@ def torchrun_environment(rank: int, port: int) -> dict[str, str]:
 def test_processes_of_torchrun_join_its_group(tmp_path: Path) -> None:
     port = free_port()
     ranks = [start("report", tmp_path, **torchrun_environment(rank, port)) for rank in (0, 1)]
-    assert [rank.wait(timeout=500) for rank in ranks] == [0, 0]
+    assert [rank.wait() for rank in ranks] == [0, 0]
     assert (tmp_path / "0").read_text().splitlines()[-1] == "['hello from 0', 'hello from 1']"
     assert (tmp_path / "1").read_text().splitlines()[:2] == ["1 of 2", "local 1 of 2"]
 
@@ -133,7 +144,7 @@ def test_processes_of_torchrun_join_its_group(tmp_path: Path) -> None:
 def test_under_torchrun_a_mistake_of_all_is_told_once(tmp_path: Path) -> None:
     port = free_port()
     ranks = [start("mistake", tmp_path, **torchrun_environment(rank, port)) for rank in (0, 1)]
-    errors = [rank.communicate(timeout=500)[1] for rank in ranks]
+    errors = [rank.communicate()[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1]
     lines = [line for text in errors for line in text.splitlines() if "x.png" in line]
     assert lines in ([here(0) + "x.png is missing."], [here(1) + "x.png is missing."])
@@ -145,37 +156,39 @@ def flags(num_gpus=1, num_machines=1, machine_rank=0, dist_url="auto") -> Namesp
     )
 
 
-@pytest.mark.parametrize(
-    "given",
-    [{"num_gpus": 4}, {"num_machines": 2}, {"machine_rank": 1}, {"dist_url": "tcp://a:1"}],
-    ids=str,
-)
-def test_flags_against_torchrun_are_refused(given: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in torchrun_environment(rank=0, port=1).items():
-        monkeypatch.setenv(name, value)
-    check_launch(flags(num_gpus=2))
-    with pytest.raises(ValueError, match=r"^torchrun has started 2 process\(es\) here"):
-        check_launch(flags(**given))
+def test_flags_against_torchrun_are_refused(
+    monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
+) -> None:
+    for given in [
+        {"num_gpus": 4},
+        {"num_machines": 2},
+        {"machine_rank": 1},
+        {"dist_url": "tcp://a:1"},
+    ]:
+        with subtests.test(given=given):
+            for name, value in torchrun_environment(rank=0, port=1).items():
+                monkeypatch.setenv(name, value)
+            check_launch(flags(num_gpus=2))
+            with pytest.raises(ValueError, match="torchrun.* 2 "):
+                check_launch(flags(**given))
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_impossible_jobs_are_refused(subtests: pytest.Subtests) -> None:
+    for given, message in [
         ({"num_gpus": 0}, "--num-gpus 0"),
         ({"num_machines": 2, "machine_rank": 2}, "--machine-rank 2 with --num-machines 2"),
         ({"num_machines": 2}, "--dist-url auto"),
-    ],
-)
-def test_impossible_jobs_are_refused(given: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        check_launch(flags(**given))
+    ]:
+        with subtests.test(given=given):
+            with pytest.raises(ValueError, match=message):
+                check_launch(flags(**given))
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     check_launch(flags(num_gpus=2))
-    with pytest.raises(ValueError, match="--num-gpus 3: this machine has 2"):
+    with pytest.raises(ValueError, match="--num-gpus 3.* 2"):
         check_launch(flags(num_gpus=3))
 
 
@@ -184,7 +197,7 @@ def test_a_detectron2_that_needs_gpus_is_told_of_torchrun(monkeypatch: pytest.Mo
     original = 'assert torch.cuda.is_available(), "cuda is not available. Please check ..."'
     monkeypatch.setattr(inspect, "getsource", lambda module: original)
     check_launch(flags(num_gpus=1))
-    with pytest.raises(ValueError, match="--num-gpus 2: this detectron2 .* Use torchrun"):
+    with pytest.raises(ValueError, match="--num-gpus 2.*torchrun"):
         check_launch(flags(num_gpus=2))
 
 

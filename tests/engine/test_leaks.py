@@ -95,7 +95,8 @@ def contrast_step(method: str) -> Callable[[], object]:
         maps = {name: x.clone().requires_grad_() for name, x in features.items()}
         maps |= {name: torch.randn(2, 64, 16, 16, requires_grad=True) for name in DECODED}
         labels = torch.randint(0, CLASSES, (2, 4, 4)).repeat_interleave(16, 1)
-        out = contrast(maps, torch.randn(2, CLASSES, 16, 16), labels.repeat_interleave(16, 2))
+        scores = torch.randn(2, CLASSES, 16, 16)
+        out = contrast(maps, labels.repeat_interleave(16, 2), scores)
         sum(out.losses.values()).backward()
         contrast.zero_grad(set_to_none=True)
 

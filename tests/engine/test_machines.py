@@ -32,7 +32,7 @@ def start(output_dir: Path, *before: str, flags: tuple[str, ...] = ()) -> subpro
 
 def finish(*jobs: subprocess.Popen[str]) -> None:
     for job in jobs:
-        _, errors = job.communicate(timeout=400)
+        _, errors = job.communicate()
         assert job.returncode == 0, errors[-3000:]
 
 
@@ -68,7 +68,7 @@ def test_torchrun_on_two_machines(one_launch: Path, tmp_path: Path) -> None:
 def test_a_mistake_gets_one_line_of_one_process(tmp_path: Path) -> None:
     """A mistake that both processes find, after they have started."""
     job = start(tmp_path, flags=("--num-gpus", "2", "--eval-only"))
-    _, errors = job.communicate(timeout=400)
+    _, errors = job.communicate()
     assert job.returncode == 1
     lines = [line for line in errors.splitlines() if "error" in line.lower()]
     assert len(lines) == 1 and "Traceback" not in errors

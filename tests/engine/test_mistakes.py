@@ -11,6 +11,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -29,20 +30,22 @@ QUICK = [
 Run = Callable[..., tuple[int, list[str]]]
 
 
-@pytest.fixture(autouse=True)
-def _loggers() -> Iterator[None]:
+@contextmanager
+def loggers_kept() -> Iterator[None]:
     """Takes back what `set_up` does to the loggers of the process."""
     names = ("fvcore", "contrast_d2", "detectron2")
     before = [(log, log.level, log.propagate) for log in map(logging.getLogger, names)]
     raising = logging.raiseExceptions
-    yield
-    logging.raiseExceptions = raising
-    for log, level, propagate in before:
-        for handler in list(log.handlers):
-            log.removeHandler(handler)
-            handler.close()
-        log.setLevel(level)
-        log.propagate = propagate
+    try:
+        yield
+    finally:
+        logging.raiseExceptions = raising
+        for log, level, propagate in before:
+            for handler in list(log.handlers):
+                log.removeHandler(handler)
+                handler.close()
+            log.setLevel(level)
+            log.propagate = propagate
 
 
 @pytest.fixture
@@ -55,7 +58,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Run:
 
     def run(*arguments: str) -> tuple[int, list[str]]:
         monkeypatch.setattr(sys, "argv", ["train_net.py", *arguments])
-        with pytest.raises(SystemExit) as stop:
+        with loggers_kept(), pytest.raises(SystemExit) as stop:
             train_net.run()
         status, printed = stop.value.code, capsys.readouterr().err
         if isinstance(status, str):  # which the interpreter prints
@@ -74,143 +77,149 @@ def written(folder: Path) -> list[str]:
 
 CONTRAST = "model.contrast"
 CROP = "dataloader.train.mapper.augmentations.crop_size"
+# What is overridden, and the names and values that the line has to hold.
 OVERRIDES = [
     # Keys.
-    ("train.max_iters=3", "unknown config key train.max_iters. Did you mean train.max_iter?"),
-    ("model.contrast.typo.x=1", "unknown config key model.contrast.typo.x. Did you mean"),
-    ("optimizer.momentum=0.9", "unknown config key optimizer.momentum. Did you mean"),
-    ("train.max_iter.x=1", "cannot set train.max_iter.x: train.max_iter is the value 1"),
-    (f"{CONTRAST}.cross_scale.7=1", "cannot set model.contrast.cross_scale.7: "),
-    ("train.max_iter", "cannot read the override 'train.max_iter'"),
-    ("~train.seed", "the override '~train.seed' is not of the form key=value."),
+    ("train.max_iters=3", "train.max_iters", "train.max_iter?"),
+    ("model.contrast.typo.x=1", "model.contrast.typo.x", "?"),
+    ("optimizer.momentum=0.9", "optimizer.momentum", "?"),
+    ("train.max_iter.x=1", "train.max_iter.x", "value 1"),
+    (f"{CONTRAST}.cross_scale.7=1", "model.contrast.cross_scale.7"),
+    ("train.max_iter", "'train.max_iter'"),
+    ("~train.seed", "'~train.seed'", "key=value"),
     # Types.
-    ("train.max_iter=abc", "train.max_iter='abc': needs a number."),
-    ("train.max_iter=2.5", "lr_multiplier.max_iter=2.5: needs a whole number."),
-    ("train.seed=abc", "train.seed='abc': needs a number."),
-    ("train.allow_pickle=1", "train.allow_pickle=1: needs True or False."),
-    ("train=5", "train=5: needs keys and values, or None."),
-    ("dataset.train=5", "dataset.train=5: needs a text."),
-    (f"{CONTRAST}=5", "model.contrast=5: needs keys and values, or None."),
-    (f"{CONTRAST}.temperature=abc", "model.contrast.temperature='abc': needs a number."),
-    (f"{CONTRAST}.cross_scale=5", "model.contrast.cross_scale=5: needs a list."),
-    (f"{CONTRAST}.sampler=None", "model.contrast.sampler=None: needs a BalancedSampler"),
-    (f"{CONTRAST}.sampler.max_anchors=100.5", "max_anchors=100.5: needs a whole number."),
-    (f"{CONTRAST}.negatives=other", "negatives='other': needs a BoundaryNegatives"),
-    (f"{CONTRAST}.projection=sparse", "needs one of ['dense', 'sampled']."),
-    ("model.backbone=None", "model.backbone=None: needs a Backbone"),
-    (f"{CROP}=64", "crop_size=64: needs a list."),
-    (f"{CROP}=[64]", "crop_size must be (height, width), two positive integers, got [64]"),
-    ("optimizer.params.base_lr=abc", "optimizer.params.base_lr='abc': needs a number or None."),
+    ("train.max_iter=abc", "train.max_iter='abc'", "number"),
+    ("train.max_iter=2.5", "max_iter=2.5", "whole number"),
+    ("train.seed=abc", "train.seed='abc'", "number"),
+    ("train.allow_pickle=1", "train.allow_pickle=1", "True", "False"),
+    ("train=5", "train=5", "keys", "None"),
+    ("dataset.train=5", "dataset.train=5", "text"),
+    (f"{CONTRAST}=5", "model.contrast=5", "keys", "None"),
+    (f"{CONTRAST}.temperature=abc", "model.contrast.temperature='abc'", "number"),
+    (f"{CONTRAST}.cross_scale=5", "model.contrast.cross_scale=5", "list"),
+    (f"{CONTRAST}.channels=None", "model.contrast.channels=None"),
+    (f"{CONTRAST}.max_anchors=100.5", "max_anchors=100.5", "whole number"),
+    (f"{CONTRAST}.negatives=other", "negatives='other'", "Sampler"),
+    (f"{CONTRAST}.projection=sparse", "'sparse'", "'dense'", "'sampled'"),
+    ("model.backbone=None", "model.backbone=None", "Backbone"),
+    (f"{CROP}=64", "crop_size=64", "list"),
+    (f"{CROP}=[64]", "crop_size", "height", "width", "[64]"),
+    ("optimizer.params.base_lr=abc", "optimizer.params.base_lr='abc'", "number", "None"),
     # Classes and datasets.
-    ("dataset.num_classes=5", "dataset.num_classes=5, but shapes_sem_seg_train has 9 classes"),
-    ("model.sem_seg_head.num_classes=5", "model.sem_seg_head.num_classes=5, but dataset.num_cl"),
-    (f"{CONTRAST}.sampler.num_classes=5", "model.contrast.sampler.num_classes=5, but dataset.nu"),
-    ("dataset.test=shapes_sem_seg_vla", "did you mean shapes_sem_seg_val"),
-    ("dataset.train=nope", "Dataset 'nope' is not registered"),
+    ("dataset.num_classes=5", "dataset.num_classes=5", "shapes_sem_seg_train", "9"),
+    ("model.sem_seg_head.num_classes=5", "model.sem_seg_head.num_classes=5", "num_classes"),
+    (f"{CONTRAST}.num_classes=5", "model.contrast.num_classes=5", "num_classes"),
+    ("dataset.test=shapes_sem_seg_vla", "shapes_sem_seg_vla", "shapes_sem_seg_val"),
+    ("dataset.train=nope", "'nope'"),
     # The training loop.
-    ("train.max_iter=0", "train.max_iter=0: needs at least 1."),
-    ("train.checkpointer.period=0", "train.checkpointer.period=0: needs at least 1."),
-    (
-        "train.checkpointer.max_to_keep=0",
-        "train.checkpointer.max_to_keep=0: needs at least 1.",
-    ),
-    ("train.eval_period=-1", "train.eval_period=-1: needs at least 0."),
-    ("train.log_period=0", "train.log_period=0: needs at least 1."),
-    ("train.amp={enabled:True,dtype:fp8}", "train.amp.dtype='fp8': choose one of ['bf16', 'fp16']"),
-    ("train.accumulation_steps=0", "train.accumulation_steps=0: needs at least 1."),
-    ("train.accumulation_steps=3", "total_batch_size 8 must be a positive multiple of 3"),
-    ("train.clip_norm=-1", "train.clip_norm=-1: must be above 0, or None for no clipping."),
-    ("train.ema_decay=2", "train.ema_decay=2: must lie between 0 and 1"),
-    ("dataloader.train.total_batch_size=0", "total_batch_size 0 must be a positive multiple"),
-    ("dataloader.test.num_workers=-1", "num_workers option should be non-negative"),
-    ("optimizer.lr=-1", "optimizer: Invalid learning rate: -1. Change the keys of `optimizer`."),
-    ("optimizer.betas=[2,0.9]", "optimizer: Invalid beta parameter at index 0: 2."),
-    ("lr_multiplier.power=-1", "power=-1: must be above 0."),
-    ("lr_multiplier.warmup_iters=-1", "warmup_iters=-1: must be 0 or more and below max_iter=1."),
-    (f"{CROP}=[16,16]", "crop_size=[16, 16]: a side is below 32, the stride of res5"),
-    (f"{CROP}=[64,0]", "crop_size"),
+    ("train.max_iter=0", "train.max_iter=0", "1"),
+    ("train.checkpointer.period=0", "train.checkpointer.period=0", "1"),
+    ("train.checkpointer.max_to_keep=0", "train.checkpointer.max_to_keep=0", "1"),
+    ("train.eval_period=-1", "train.eval_period=-1", "0"),
+    ("train.log_period=0", "train.log_period=0", "1"),
+    ("train.amp={enabled:True,dtype:fp8}", "train.amp.dtype='fp8'", "'bf16'", "'fp16'"),
+    ("train.accumulation_steps=0", "train.accumulation_steps=0", "1"),
+    ("train.accumulation_steps=3", "total_batch_size 8", "multiple of 3"),
+    ("train.clip_norm=-1", "train.clip_norm=-1", "0", "None"),
+    ("train.ema_decay=2", "train.ema_decay=2", "0", "1"),
+    ("dataloader.train.total_batch_size=0", "total_batch_size 0"),
+    ("dataloader.test.num_workers=-1", "num_workers"),
+    ("optimizer.lr=-1", "optimizer", "rate: -1"),
+    ("optimizer.betas=[2,0.9]", "optimizer", "beta", "2"),
+    ("lr_multiplier.power=-1", "power=-1", "0"),
+    ("lr_multiplier.warmup_iters=-1", "warmup_iters=-1", "0", "max_iter=1"),
+    (f"{CROP}=[16,16]", "crop_size=[16, 16]", "32", "res5"),
+    (f"{CROP}=[64,0]", "crop_size", "64, 0"),
     # The model.
-    ("model.backbone.name=resnet1888", "has no model 'resnet1888'. Did you mean 'resnet18'?"),
-    ("model.backbone.out_features=[res2,res9]", "out_features=['res2', 'res9']: resnet18 has"),
-    ("model.backbone.output_stride=3", "resnet18 cannot have output_stride=3"),
-    ("model.backbone.weights_file=no.pth", "weights_file=no.pth: there is no such file."),
-    ("model.sem_seg_head.norm=XX", "norm='XX': choose one of ('', 'BN'"),
-    ("model.pixel_mean=[1.0]", "pixel_mean=[1.0], pixel_std="),
-    ("model.pixel_std=[0,0,0]", "pixel_std=[0, 0, 0]: needs one of each"),
+    ("model.backbone.name=resnet1888", "'resnet1888'", "'resnet18'"),
+    ("model.backbone.out_features=[res2,res9]", "out_features=['res2', 'res9']", "resnet18"),
+    ("model.backbone.output_stride=3", "resnet18", "output_stride=3"),
+    ("model.backbone.weights_file=no.pth", "weights_file=no.pth"),
+    ("model.sem_seg_head.norm=XX", "norm='XX'", "'BN'"),
+    ("model.pixel_mean=[1.0]", "pixel_mean=[1.0]", "pixel_std="),
+    ("model.pixel_std=[0,0,0]", "pixel_std=[0, 0, 0]"),
     # The contrast.
-    (f"{CONTRAST}.temperature=0", "temperature=0: must be above 0."),
-    (f"{CONTRAST}.weight=-1", "weight=-1: must be 0 or more."),
-    (f"{CONTRAST}.scale_weights.res2=-1", "scale_weights['res2']=-1: must be 0 or more."),
-    (f"{CONTRAST}.scale_weights={{res9:1.0}}", "no projector for feature map 'res9'"),
-    (f"{CONTRAST}.cross_scale=[[res2,res9,1.0]]", "no projector for feature map 'res9'"),
-    (f"{CONTRAST}.cross_scale=[[res2,res2,1.0]]", "cross_scale pairs 'res2' with itself"),
-    (f"{CONTRAST}.sampler.max_anchors=0", "max_anchors=0 cannot give two anchors"),
-    (f"{CONTRAST}.sampler.max_anchors=-5", "max_anchors=-5 cannot give two anchors"),
-    (f"{CONTRAST}.sampler.min_pixels=0", "min_pixels=0: a class that is drawn has at least 1."),
-    (f"{CONTRAST}.projector.embed_dim=0", "Projector(embed_dim=0): needs at least 1."),
+    (f"{CONTRAST}.temperature=0", "temperature=0", "above 0"),
+    (f"{CONTRAST}.weight=-1", "weight=-1"),
+    (f"{CONTRAST}.scale_weights.res2=-1", "res2=-1"),
+    (f"{CONTRAST}.scale_weights={{res9:1.0}}", "'res9'", "projector"),
+    (f"{CONTRAST}.cross_scale=[[res2,res9,1.0]]", "'res9'", "projector"),
+    (f"{CONTRAST}.cross_scale=[[res2,res2,1.0]]", "cross_scale", "'res2'"),
+    (f"{CONTRAST}.max_anchors=0", "max_anchors=0"),
+    (f"{CONTRAST}.max_anchors=-5", "max_anchors=-5"),
+    (f"{CONTRAST}.min_per_class=-1", "min_per_class=-1", "0"),
+    (f"{CONTRAST}.embed_dim=0", "embed_dim=0", "1"),
     # The output folder.
-    ("train.output_dir=README.md", "train.output_dir=README.md cannot be written"),
-    ("train.output_dir=README.md/run", "train.output_dir=README.md/run cannot be made"),
+    ("train.output_dir=README.md", "train.output_dir=README.md"),
+    ("train.output_dir=README.md/run", "train.output_dir=README.md/run"),
 ]
 
 
-@pytest.mark.parametrize(("override", "message"), OVERRIDES, ids=[row[0] for row in OVERRIDES])
-def test_settings(run: Run, tmp_path: Path, override: str, message: str) -> None:
-    quick = [text for text in QUICK if text.partition("=")[0] != override.partition("=")[0]]
-    status, lines = run("--config-file", CONFIG, f"train.output_dir={tmp_path}", *quick, override)
-    assert status == 1
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
-    assert not written(tmp_path)
+def check(found: tuple[int, list[str]], *words: str) -> None:
+    """The run ended with one line, which holds all of these."""
+    status, lines = found
+    assert status == 1 and len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert not [word for word in words if word not in lines[0]], lines[0]
+
+
+def test_settings(run: Run, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for number, (override, *words) in enumerate(OVERRIDES):
+        folder = tmp_path / str(number)
+        quick = [text for text in QUICK if text.partition("=")[0] != override.partition("=")[0]]
+        with subtests.test(override=override):
+            check(
+                run("--config-file", CONFIG, f"train.output_dir={folder}", *quick, override), *words
+            )
+            assert not written(folder)
 
 
 FLAGS = [
-    (["--num-gpus", "0"], 1, "--num-gpus 0: needs at least 1."),
-    (["--num-gpus", "-1"], 1, "--num-gpus -1: needs at least 1."),
-    (["--machine-rank", "3"], 1, "--machine-rank 3 with --num-machines 1: ranks count from 0"),
-    (["--num-machines", "2"], 1, "--dist-url auto finds a port on one machine only"),
-    (["--num-machines", "2", "--dist-url", "bogus"], 1, "--dist-url bogus: write tcp://HOST:PORT"),
-    (["--import", "nope.py"], 1, "--import nope.py: there is no such module"),
-    (["--eval-only"], 1, "no weights: "),
-    (["--num-gpus", "x"], 2, "argument --num-gpus: invalid int value: 'x'"),
-    (["--no-such-flag"], 2, "unrecognized arguments: --no-such-flag"),
+    (["--num-gpus", "0"], 1, "--num-gpus 0", "1"),
+    (["--num-gpus", "-1"], 1, "--num-gpus -1", "1"),
+    (["--machine-rank", "3"], 1, "--machine-rank 3", "--num-machines 1"),
+    (["--num-machines", "2"], 1, "--dist-url auto"),
+    (["--num-machines", "2", "--dist-url", "bogus"], 1, "--dist-url bogus", "tcp://HOST:PORT"),
+    (["--import", "nope.py"], 1, "--import nope.py"),
+    (["--eval-only"], 1, "weights"),
+    (["--num-gpus", "x"], 2, "--num-gpus", "'x'"),
+    (["--no-such-flag"], 2, "--no-such-flag"),
 ]
 
 
-@pytest.mark.parametrize(("flags", "expected", "message"), FLAGS, ids=lambda x: str(x)[:40])
-def test_flags(run: Run, tmp_path: Path, flags: list[str], expected: int, message: str) -> None:
-    status, lines = run("--config-file", CONFIG, *flags, f"train.output_dir={tmp_path}", *QUICK)
-    assert status == expected
-    assert len(lines) == 1 and message in lines[0]
-    assert not written(tmp_path)
+def test_flags(run: Run, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for flags, expected, *words in FLAGS:
+        with subtests.test(flags=flags):
+            status, lines = run(
+                *("--config-file", CONFIG, *flags, f"train.output_dir={tmp_path}", *QUICK)
+            )
+            assert status == expected and len(lines) == 1
+            assert not [word for word in words if word not in lines[0]], lines[0]
+            assert not written(tmp_path)
 
 
 FILES = [
-    ("none.py", None, "none.py: there is no such file."),
-    ("text.txt", "x = 1", "text.txt: an experiment file ends in .py or .yaml."),
-    ("object.yaml", "model: !!python/object/apply:os.mkdir [made]", "holds objects, which can ru"),
-    (
-        "object_d2.yaml",
-        "MODEL: !!python/object/apply:os.mkdir [made]",
-        "object_d2.yaml cannot be r",
-    ),
-    ("torn.yaml", "MODEL: [", "torn.yaml is not valid yaml: "),
-    ("empty.yaml", "", "empty.yaml holds no keys."),
-    ("list.yaml", "- 1", "list.yaml holds no keys."),
-    ("part.yaml", "x: 1", "part.yaml has no model: name the config.yaml of a run"),
-    ("key.yaml", "MODEL:\n  NOPE: 1", "unknown config key MODEL.NOPE. Did you mean"),
-    ("type.yaml", "SOLVER:\n  MAX_ITER: abc", "(40000 vs. abc) for config key: SOLVER.MAX_ITER"),
-    ("base.yaml", "_BASE_: none.yaml", "base.yaml cannot be read: [Errno 2]"),
+    ("none.py", None, "none.py"),
+    ("text.txt", "x = 1", "text.txt", ".py", ".yaml"),
+    ("object.yaml", "model: !!python/object/apply:os.mkdir [made]", "object.yaml", "objects"),
+    ("object_d2.yaml", "MODEL: !!python/object/apply:os.mkdir [made]", "object_d2.yaml"),
+    ("torn.yaml", "MODEL: [", "torn.yaml", "yaml"),
+    ("empty.yaml", "", "empty.yaml", "keys"),
+    ("list.yaml", "- 1", "list.yaml", "keys"),
+    ("part.yaml", "x: 1", "part.yaml", "model", "config.yaml"),
+    ("key.yaml", "MODEL:\n  NOPE: 1", "MODEL.NOPE"),
+    ("type.yaml", "SOLVER:\n  MAX_ITER: abc", "SOLVER.MAX_ITER", "abc"),
+    ("base.yaml", "_BASE_: none.yaml", "base.yaml", "none.yaml"),
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "message"), FILES, ids=[row[0] for row in FILES])
-def test_config_files(run: Run, tmp_path: Path, name: str, text: str | None, message: str) -> None:
-    if text is not None:
-        (tmp_path / name).write_text(text.replace("made", str(tmp_path / "made")))
-    status, lines = run("--config-file", str(tmp_path / name))
-    assert status == 1
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
-    assert not (tmp_path / "made").exists()
+def test_config_files(run: Run, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for name, text, *words in FILES:
+        with subtests.test(name):
+            if text is not None:
+                (tmp_path / name).write_text(text.replace("made", str(tmp_path / "made")))
+            check(run("--config-file", str(tmp_path / name)), *words)
+            assert not (tmp_path / "made").exists()
 
 
 class Harmful:
@@ -253,43 +262,41 @@ def make_weights(path: Path) -> None:
 
 
 WEIGHTS = [
-    ("code.pth", "it holds objects, which can run code"),
-    ("code_old.pth", "it holds objects, which can run code"),
-    ("code_plain.pth", "it holds objects, which can run code"),
-    ("code.pkl", "reading a pickle runs the code that it holds"),
-    ("empty.pth", "empty.pth cannot be read as a checkpoint (it is empty)"),
-    ("torn.pth", "torn.pth cannot be read as a checkpoint (it is damaged"),
-    ("flipped.pth", "fails its checksum"),
-    ("broken.safetensors", "cannot be read as a checkpoint (it is damaged"),
-    ("list.pth", "list.pth holds a list and not a dict of weights"),
-    ("folder.pth", "folder.pth: there is no such file."),
-    ("other.pth", "other.pth holds none of the model's weights, such as"),
+    ("code.pth", "objects", "code"),
+    ("code_old.pth", "objects", "code"),
+    ("code_plain.pth", "objects", "code"),
+    ("code.pkl", "pickle", "code"),
+    ("empty.pth", "empty.pth"),
+    ("torn.pth", "torn.pth", "damaged"),
+    ("flipped.pth", "flipped.pth", "checksum"),
+    ("broken.safetensors", "broken.safetensors", "damaged"),
+    ("list.pth", "list.pth", "list", "dict"),
+    ("folder.pth", "folder.pth"),
+    ("other.pth", "other.pth", "weights"),
 ]
 
 
-@pytest.mark.parametrize(("name", "message"), WEIGHTS, ids=[row[0] for row in WEIGHTS])
-def test_weights(run: Run, tmp_path: Path, name: str, message: str) -> None:
-    make_weights(tmp_path / name)
-    output_dir = f"train.output_dir={tmp_path / 'run'}"
-    status, lines = run(
-        "--config-file", CONFIG, output_dir, *QUICK, f"train.init_checkpoint={tmp_path / name}"
-    )
-    assert status == 1
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
-    assert not written(tmp_path / "run")
-    assert not (tmp_path / "made").exists()
+def test_weights(run: Run, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for name, *words in WEIGHTS:
+        with subtests.test(name):
+            make_weights(tmp_path / name)
+            settings = (f"train.output_dir={tmp_path / 'run'}", *QUICK)
+            start = f"train.init_checkpoint={tmp_path / name}"
+            check(run("--config-file", CONFIG, *settings, start), *words)
+            assert not written(tmp_path / "run")
+            assert not (tmp_path / "made").exists()
 
 
-@pytest.mark.parametrize("name", ["code.pth", "torn.pth", "flipped.pth", "broken.safetensors"])
-def test_weights_of_the_backbone(run: Run, tmp_path: Path, name: str) -> None:
-    make_weights(tmp_path / name)
-    output_dir = f"train.output_dir={tmp_path / 'run'}"
-    weights = f"model.backbone.weights_file={tmp_path / name}"
-    status, lines = run("--config-file", CONFIG, output_dir, *QUICK, weights)
-    assert status == 1
-    assert len(lines) == 1 and f"{name} cannot be read as a checkpoint" in lines[0]
-    assert "weights_only=False" not in lines[0]
-    assert not (tmp_path / "made").exists()
+def test_weights_of_the_backbone(run: Run, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    for name in ("code.pth", "torn.pth", "flipped.pth", "broken.safetensors"):
+        with subtests.test(name):
+            make_weights(tmp_path / name)
+            settings = (f"train.output_dir={tmp_path / 'run'}", *QUICK)
+            weights = f"model.backbone.weights_file={tmp_path / name}"
+            found = run("--config-file", CONFIG, *settings, weights)
+            check(found, name)
+            assert "weights_only=False" not in found[1][0]  # what torch says would be harmful
+            assert not (tmp_path / "made").exists()
 
 
 def make_folder(root: Path) -> None:
@@ -325,45 +332,42 @@ def _damage(root: Path, fault: str) -> None:
         Image.fromarray(np.full((64, 96), 7, dtype=np.uint8)).save(label)
 
 
-DATA = [
-    ("description", "dataset.json"),
-    ("image", "images/train/a.png"),
-    ("label", "annotations/train/a.png"),
-    ("pair", "annotations/train"),
-    ("empty", "images/train"),
-    ("size", "a.png"),
-    ("mode", "annotations/train/a.png"),
-    ("range", "annotations/train/a.png"),
-]
+DATA = {
+    "description": "dataset.json",
+    "image": "images/train/a.png",
+    "label": "annotations/train/a.png",
+    "pair": "annotations/train",
+    "empty": "images/train",
+    "size": "a.png",
+    "mode": "annotations/train/a.png",
+    "range": "annotations/train/a.png",
+}
 
 
-@pytest.mark.parametrize(("fault", "message"), DATA, ids=[row[0] for row in DATA])
 def test_data(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, message: str
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, subtests: pytest.Subtests
 ) -> None:
-    name = f"mistake_{fault}"
-    root = tmp_path / name
-    make_folder(root)
-    (root / "dataset.json").write_text('{"classes": ["road", "car"]}')
-    _damage(root, fault)
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    experiment = tmp_path / "experiment.py"
-    experiment.write_text(
-        f"""
+    for fault, place in DATA.items():
+        name = f"mistake_{fault}"
+        root = tmp_path / name
+        make_folder(root)
+        (root / "dataset.json").write_text('{"classes": ["road", "car"]}')
+        _damage(root, fault)
+        experiment = tmp_path / f"{fault}.py"
+        experiment.write_text(
+            f"""
 from detectron2.config import LazyConfig
 
 globals().update(LazyConfig.load({str(ROOT / CONFIG)!r}))
 dataset.train, dataset.test = "{name}_sem_seg_train", "{name}_sem_seg_val"
 dataset.num_classes = 2
 """
-    )
-    output_dir = tmp_path / "run"
-    status, lines = run(
-        *("--config-file", str(experiment), f"train.output_dir={output_dir}", *QUICK),
-        "dataloader.train.total_batch_size=1",
-    )
-    assert status == 1
-    assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]
+        )
+        settings = (f"train.output_dir={tmp_path / f'run_{fault}'}", *QUICK)
+        with subtests.test(fault):
+            one = "dataloader.train.total_batch_size=1"
+            check(run("--config-file", str(experiment), *settings, one), place)
 
 
 def test_a_mistake_leaves_an_earlier_run_as_it_was(run: Run, tmp_path: Path) -> None:
@@ -388,5 +392,5 @@ def test_an_error_of_ours_keeps_its_traceback(
     import train_net
 
     monkeypatch.setattr(train_net, "build_model", fail)
-    with pytest.raises(KeyError, match="a bug"):
+    with loggers_kept(), pytest.raises(KeyError, match="a bug"):
         train_net.run()

@@ -12,8 +12,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 
 from contrast_d2.data.datasets import register_folder
+from contrast_d2.deploy.predictor import load_predictor
 from contrast_d2.engine import load_config
-from contrast_d2.engine.predictor import load_predictor
 from contrast_d2.evaluation import InferenceProtocol
 
 from ..tiny import SMALL_NETWORK

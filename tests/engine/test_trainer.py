@@ -13,8 +13,8 @@ from detectron2.engine import HookBase, hooks
 from torch import nn
 
 from contrast_d2.engine import NonFiniteLossError, Trainer
-from contrast_d2.engine.files import DiskFullError
 from contrast_d2.engine.trainer import Batch
+from contrast_d2.files import DiskFullError
 
 
 class TwoLosses(nn.Module):
@@ -193,17 +193,15 @@ def test_the_random_numbers_of_a_step_depend_on_the_iteration_alone() -> None:
     assert drawn[2][0] == drawn[2][1] and drawn[3][0] == drawn[3][1]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_settings(subtests: pytest.Subtests) -> None:
+    for options, message in [
         ({"amp_dtype": "fp8"}, "train.amp.dtype='fp8'"),
         ({"accumulation_steps": 0}, "train.accumulation_steps=0"),
         ({"clip_norm": 0.0}, "train.clip_norm=0.0"),
-    ],
-)
-def test_bad_settings(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(1, **options)
+    ]:
+        with subtests.test(options=options):
+            with pytest.raises(ValueError, match=message):
+                make(1, **options)
 
 
 def test_a_resume_with_another_seed_is_refused() -> None:

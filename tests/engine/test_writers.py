@@ -255,7 +255,7 @@ def test_wandb_without_a_login_is_told(
         ("train.writers=[nothing]", r"\['nothing'\]: choose from \['mlflow', 'wandb'\]"),
         ("train.writers=wandb", r"give a list, train.writers=\[wandb\]"),
         ("train.writers=[wandb]", r"not installed: pip install 'contrast_d2\[wandb\]'"),
-        ("train.dashboard_period=-1", "train.dashboard_period=-1: needs at least 0"),
+        ("train.dashboard.period=0", "train.dashboard.period=0: needs at least 1"),
     ],
 )
 def test_mistakes_are_told_before_the_training(

@@ -27,34 +27,38 @@ def erosion(mask: np.ndarray, distance: int, beyond: bool) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("distance", [1, 2, 3, 4, 7, 30])
-def test_near_other_label_equals_the_erosion_of_every_mask(distance):
-    labels = regions(0, (37, 53))
-    inner = np.zeros(labels.shape, dtype=bool)
-    for value in labels.unique().tolist():
-        inner |= erosion(labels.numpy() == value, distance, beyond=True)
-    near = near_other_label(labels, distance)
-    assert torch.equal(near, torch.from_numpy(~inner))
-    assert near.all() == (distance >= 7)
+def test_near_other_label_equals_the_erosion_of_every_mask(subtests: pytest.Subtests) -> None:
+    for distance in [1, 2, 3, 4, 7, 30]:
+        with subtests.test(distance=distance):
+            labels = regions(0, (37, 53))
+            inner = np.zeros(labels.shape, dtype=bool)
+            for value in labels.unique().tolist():
+                inner |= erosion(labels.numpy() == value, distance, beyond=True)
+            near = near_other_label(labels, distance)
+            assert torch.equal(near, torch.from_numpy(~inner))
+            assert near.all() == (distance >= 7)
 
 
 def test_nothing_is_near_in_an_image_of_one_label():
     assert not near_other_label(torch.full((6, 9), 3, dtype=torch.uint8), 4).any()
 
 
-@pytest.mark.parametrize("distance", [1, 3, 8])
-def test_boundary_counts_equal_those_of_single_masks(distance):
-    labels, predictions = regions(0, (37, 53)), regions(1, (37, 53)) % 4
-    counts = boundary_counts(predictions, labels, 4, VOID, distance)
-    assert counts.shape == (3, 4) and counts.dtype == torch.int64
+def test_boundary_counts_equal_those_of_single_masks(subtests: pytest.Subtests) -> None:
+    for distance in [1, 3, 8]:
+        with subtests.test(distance=distance):
+            labels, predictions = regions(0, (37, 53)), regions(1, (37, 53)) % 4
+            counts = boundary_counts(predictions, labels, 4, VOID, distance)
+            assert counts.shape == (3, 4) and counts.dtype == torch.int64
 
-    truth = labels.numpy()
-    predicted = np.where(truth == VOID, VOID, predictions.numpy())
-    for k in range(4):
-        bands = [m & ~erosion(m, distance, beyond=False) for m in (truth == k, predicted == k)]
-        expected = [bands[0].sum(), bands[1].sum(), (bands[0] & bands[1]).sum()]
-        assert counts[:, k].tolist() == expected
-        assert min(expected) > 0
+            truth = labels.numpy()
+            predicted = np.where(truth == VOID, VOID, predictions.numpy())
+            for k in range(4):
+                bands = [
+                    m & ~erosion(m, distance, beyond=False) for m in (truth == k, predicted == k)
+                ]
+                expected = [bands[0].sum(), bands[1].sum(), (bands[0] & bands[1]).sum()]
+                assert counts[:, k].tolist() == expected
+                assert min(expected) > 0
 
 
 def test_unlabelled_pixels_bound_predictions_as_they_bound_labels(make_dataset):

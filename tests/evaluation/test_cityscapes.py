@@ -161,7 +161,7 @@ def test_missing_or_strange_files_are_errors(write_cityscapes):
     with pytest.raises(ValueError, match=r"instanceIds.png is \(4, 4\)"):
         evaluate([predict(random_scene(0), 0)])
     Image.fromarray(np.zeros((32, 64), dtype=np.uint8)).save(path)
-    with pytest.raises(ValueError, match="instanceIds.png must have one channel of 16 bits"):
+    with pytest.raises(ValueError, match="instanceIds.png.*16 bits"):
         evaluate([predict(random_scene(0), 0)])
     write_cityscapes([random_scene(0), random_scene(1)])
     sorted(labels.glob("*_instanceIds.png"))[1].unlink()  # detectron2 looks for the first only

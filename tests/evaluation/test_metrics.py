@@ -64,18 +64,19 @@ def test_confusion_matrix_of_bytes_names_values_outside_the_classes():
         confusion_matrix(predictions, labels, 2, IGNORE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("num_classes", [2, 255])
-def test_predicted_classes_equal_argmax(dtype, num_classes):
-    # More pixels than are compared at a time; so few values that there are many ties.
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 9, (num_classes, 190, 181), generator=generator).to(dtype)
-    predictions = predicted_classes(scores)
-    assert predictions.dtype == torch.uint8
-    assert torch.equal(predictions.long(), scores.argmax(dim=0))
-    channels_last = scores.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    for same in (scores.mT, channels_last):
-        assert torch.equal(predicted_classes(same).long(), same.argmax(dim=0))
+def test_predicted_classes_equal_argmax(subtests: pytest.Subtests) -> None:
+    for dtype in [torch.float32, torch.bfloat16]:
+        for num_classes in [2, 255]:
+            with subtests.test(dtype=dtype):
+                # More pixels than are compared at a time; so few values that there are many ties.
+                generator = torch.Generator().manual_seed(0)
+                scores = torch.randint(0, 9, (num_classes, 190, 181), generator=generator).to(dtype)
+                predictions = predicted_classes(scores)
+                assert predictions.dtype == torch.uint8
+                assert torch.equal(predictions.long(), scores.argmax(dim=0))
+                channels_last = scores.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+                for same in (scores.mT, channels_last):
+                    assert torch.equal(predicted_classes(same).long(), same.argmax(dim=0))
 
 
 def test_predicted_classes_equal_argmax_where_scores_are_not_finite():
@@ -96,26 +97,35 @@ def test_confusion_matrix_refuses_to_broadcast():
 ABSENT = torch.tensor([[6, 1, 1, 0], [2, 2, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
 
 
-@pytest.mark.parametrize(
-    ("policy", "miou", "macc"),
-    [("zero_if_predicted", 1 / 3, 0.625), ("exclude", 0.5, 0.625), ("zero", 0.25, 0.3125)],
-)
-def test_scores_of_absent_classes(policy, miou, macc):
-    scores = segmentation_scores(ABSENT, absent_classes=policy)
-    assert scores.miou == pytest.approx(miou)
-    assert scores.macc == pytest.approx(macc)
-    assert scores.class_iou.tolist() == pytest.approx([0.6, 0.4, math.nan, math.nan], nan_ok=True)
-    assert scores.class_acc.tolist() == pytest.approx([0.75, 0.5, math.nan, math.nan], nan_ok=True)
-    assert scores.fwiou == pytest.approx((8 * 0.6 + 4 * 0.4) / 12)
-    assert scores.pacc == pytest.approx(8 / 12)
+def test_scores_of_absent_classes(subtests: pytest.Subtests) -> None:
+    for policy, miou, macc in [
+        ("zero_if_predicted", 1 / 3, 0.625),
+        ("exclude", 0.5, 0.625),
+        ("zero", 0.25, 0.3125),
+    ]:
+        with subtests.test(policy=policy):
+            scores = segmentation_scores(ABSENT, absent_classes=policy)
+            assert scores.miou == pytest.approx(miou)
+            assert scores.macc == pytest.approx(macc)
+            assert scores.class_iou.tolist() == pytest.approx(
+                [0.6, 0.4, math.nan, math.nan], nan_ok=True
+            )
+            assert scores.class_acc.tolist() == pytest.approx(
+                [0.75, 0.5, math.nan, math.nan], nan_ok=True
+            )
+            assert scores.fwiou == pytest.approx((8 * 0.6 + 4 * 0.4) / 12)
+            assert scores.pacc == pytest.approx(8 / 12)
 
 
-@pytest.mark.parametrize("policy", ["zero_if_predicted", "exclude", "zero"])
-def test_scores_without_a_labelled_pixel_are_nan(policy):
-    scores = segmentation_scores(torch.zeros(3, 3, dtype=torch.int64), absent_classes=policy)
-    values = [*scores[:4], *scores.class_iou, *scores.class_acc]
-    assert len(values) == 10
-    assert all(math.isnan(value) for value in values)
+def test_scores_without_a_labelled_pixel_are_nan(subtests: pytest.Subtests) -> None:
+    for policy in ["zero_if_predicted", "exclude", "zero"]:
+        with subtests.test(policy=policy):
+            scores = segmentation_scores(
+                torch.zeros(3, 3, dtype=torch.int64), absent_classes=policy
+            )
+            values = [*scores[:4], *scores.class_iou, *scores.class_acc]
+            assert len(values) == 10
+            assert all(math.isnan(value) for value in values)
 
 
 def test_unknown_policy_and_wrong_shape_are_errors():
@@ -153,7 +163,7 @@ def test_merged_classes_forgive_confusions_within_a_group():
     confusion = torch.tensor([[5, 1, 2], [3, 4, 0], [6, 0, 7]])
     merged = merge_classes(confusion, {"last": (2,), "first": (1, 0)})
     assert merged.tolist() == [[7, 6], [2, 13]]
-    with pytest.raises(ValueError, match=r"\['one'\] must hold each of 3 classes once.*\[0, 1\]"):
+    with pytest.raises(ValueError, match=r"'one'.*3 classes.*\[0, 1\]"):
         merge_classes(confusion, {"one": (0, 1)})
 
 

@@ -113,19 +113,17 @@ def test_kernels_larger_than_the_map_have_no_pairs() -> None:
     torch.testing.assert_close(found, small / 2)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_arguments_out_of_range(subtests: pytest.Subtests) -> None:
+    for options, message in [
         ({"kernel_sizes": (3, 4)}, r"kernel_sizes=\[3, 4\]"),
         ({"kernel_sizes": ()}, r"kernel_sizes=\[\]"),
         ({"margin": 0.0}, "margin=0.0"),
         ({"separating_weight": -1.0}, "separating_weight=-1.0"),
         ({"stride": 0}, "stride=0"),
-    ],
-)
-def test_arguments_out_of_range(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        AdaptiveAffinityLoss(NUM_CLASSES, **options)
+    ]:
+        with subtests.test(options=options):
+            with pytest.raises(ValueError, match=message):
+                AdaptiveAffinityLoss(NUM_CLASSES, **options)
 
 
 def test_another_number_of_classes() -> None:

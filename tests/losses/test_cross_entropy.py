@@ -59,15 +59,16 @@ def test_gradcheck(weights: list[float] | None) -> None:
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, labels, weight=weight), logits)
 
 
-@pytest.mark.parametrize("weights", [None, WEIGHTS, [0.0] * NUM_CLASSES])
-def test_no_valid_pixel_gives_zero(weights: list[float] | None) -> None:
-    logits = torch.randn(2, NUM_CLASSES, 6, 6, requires_grad=True)
-    # With weights of 0 even valid pixels leave nothing to average over.
-    label = 1 if weights is not None and not any(weights) else IGNORED
-    loss = CrossEntropyLoss(class_weights=weights)(logits, torch.full((2, 6, 6), label))
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(logits.grad, torch.zeros_like(logits))
+def test_no_valid_pixel_gives_zero(subtests: pytest.Subtests) -> None:
+    for weights in [None, WEIGHTS, [0.0] * NUM_CLASSES]:
+        with subtests.test(weights=weights):
+            logits = torch.randn(2, NUM_CLASSES, 6, 6, requires_grad=True)
+            # With weights of 0 even valid pixels leave nothing to average over.
+            label = 1 if weights is not None and not any(weights) else IGNORED
+            loss = CrossEntropyLoss(class_weights=weights)(logits, torch.full((2, 6, 6), label))
+            loss.backward()
+            assert loss.item() == 0
+            assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
 def test_another_ignore_label() -> None:

@@ -85,14 +85,20 @@ def test_the_order_of_images_and_classes_does_not_matter() -> None:
         torch.testing.assert_close(grad, expected_grad[:, classes], msg=name)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_low_precision_and_autocast_lose_nothing_more(loss: nn.Module, dtype: torch.dtype) -> None:
-    logits, labels = (5 * torch.randn(2, NUM_CLASSES, 24, 24)).to(dtype), mixed_labels(2, 24, 24)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found, grad = gradient(loss, logits, labels)
-    exact, exact_grad = gradient(loss, logits.float(), labels)
-    assert found.dtype == torch.float32 and torch.equal(found, exact)
-    torch.testing.assert_close(grad, exact_grad.to(dtype))
+def test_low_precision_and_autocast_lose_nothing_more(
+    loss: nn.Module, subtests: pytest.Subtests
+) -> None:
+    for dtype in [torch.float16, torch.bfloat16]:
+        with subtests.test(dtype=dtype):
+            logits, labels = (
+                (5 * torch.randn(2, NUM_CLASSES, 24, 24)).to(dtype),
+                mixed_labels(2, 24, 24),
+            )
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                found, grad = gradient(loss, logits, labels)
+            exact, exact_grad = gradient(loss, logits.float(), labels)
+            assert found.dtype == torch.float32 and torch.equal(found, exact)
+            torch.testing.assert_close(grad, exact_grad.to(dtype))
 
 
 def test_fp32_is_close_to_fp64(loss: nn.Module) -> None:

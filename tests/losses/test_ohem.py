@@ -30,21 +30,22 @@ def by_loops(
     return total / sum(weight for _, weight in kept)
 
 
-@pytest.mark.parametrize("weights", [None, WEIGHTS])
-@pytest.mark.parametrize(("threshold", "min_kept"), [(0.2, 0), (0.2, 50), (0.7, 3), (0.01, 1000)])
-def test_equals_the_definition(
-    threshold: float, min_kept: int, weights: list[float] | None
-) -> None:
-    logits, labels = 2 * torch.randn(2, NUM_CLASSES, 6, 9), mixed_labels(2, 6, 9)
-    found = ohem_cross_entropy(
-        logits.double(),
-        labels,
-        threshold=threshold,
-        min_kept=min_kept,
-        weight=None if weights is None else torch.tensor(weights),
-    )
-    expected = by_loops(logits, labels, threshold, min_kept, weights or [1.0] * NUM_CLASSES)
-    assert found.item() == pytest.approx(expected, rel=1e-9)
+def test_equals_the_definition(subtests: pytest.Subtests) -> None:
+    for weights in [None, WEIGHTS]:
+        for threshold, min_kept in [(0.2, 0), (0.2, 50), (0.7, 3), (0.01, 1000)]:
+            with subtests.test(weights=weights, threshold=threshold, min_kept=min_kept):
+                logits, labels = 2 * torch.randn(2, NUM_CLASSES, 6, 9), mixed_labels(2, 6, 9)
+                found = ohem_cross_entropy(
+                    logits.double(),
+                    labels,
+                    threshold=threshold,
+                    min_kept=min_kept,
+                    weight=None if weights is None else torch.tensor(weights),
+                )
+                expected = by_loops(
+                    logits, labels, threshold, min_kept, weights or [1.0] * NUM_CLASSES
+                )
+                assert found.item() == pytest.approx(expected, rel=1e-9)
 
 
 def test_ignored_pixels_are_not_among_those_kept() -> None:
@@ -74,17 +75,15 @@ def test_no_pixel_below_the_threshold_gives_zero() -> None:
     assert value.item() == 0 and not logits.grad.any()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_arguments_out_of_range(subtests: pytest.Subtests) -> None:
+    for options, message in [
         ({"threshold": 0.0}, "threshold=0.0"),
         ({"threshold": 1.1}, "threshold=1.1"),
         ({"min_kept_per_image": -1}, "min_kept_per_image=-1"),
-    ],
-)
-def test_arguments_out_of_range(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        OhemCrossEntropyLoss(**options)
+    ]:
+        with subtests.test(options=options):
+            with pytest.raises(ValueError, match=message):
+                OhemCrossEntropyLoss(**options)
 
 
 def test_class_weights_of_the_wrong_number() -> None:

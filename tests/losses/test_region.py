@@ -103,15 +103,16 @@ def test_images_without_a_valid_pixel_are_left_out() -> None:
     torch.testing.assert_close(loss(logits, labels), loss(logits[[0, 2]], labels[[0, 2]]))
 
 
-@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_gradients_are_finite_for_flat_and_for_saturated_scores(scale: float) -> None:
+def test_gradients_are_finite_for_flat_and_for_saturated_scores(subtests: pytest.Subtests) -> None:
     """Covariances that are singular but for the ridge, of constant maps and of perfect ones."""
-    labels = torch.zeros(2, 64, 64, dtype=torch.int64)
-    labels[:, 20:, 30:] = 1
-    logits = (scale * torch.stack([0.5 - labels, labels - 0.5], dim=1)).requires_grad_()
-    value = RMILoss()(logits, labels)
-    value.backward()
-    assert value.isfinite() and logits.grad.isfinite().all()
+    for scale in [1e-6, 1.0, 1e6]:
+        with subtests.test(scale=scale):
+            labels = torch.zeros(2, 64, 64, dtype=torch.int64)
+            labels[:, 20:, 30:] = 1
+            logits = (scale * torch.stack([0.5 - labels, labels - 0.5], dim=1)).requires_grad_()
+            value = RMILoss()(logits, labels)
+            value.backward()
+            assert value.isfinite() and logits.grad.isfinite().all()
 
 
 def test_maps_smaller_than_a_patch() -> None:
@@ -119,10 +120,12 @@ def test_maps_smaller_than_a_patch() -> None:
         RMILoss()(torch.randn(1, NUM_CLASSES, 11, 40), mixed_labels(1, 11, 40))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [({"weight": 1.5}, "weight=1.5"), ({"radius": 0}, "radius=0"), ({"stride": 0}, "stride=0")],
-)
-def test_arguments_out_of_range(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        RMILoss(**options)
+def test_arguments_out_of_range(subtests: pytest.Subtests) -> None:
+    for options, message in [
+        ({"weight": 1.5}, "weight=1.5"),
+        ({"radius": 0}, "radius=0"),
+        ({"stride": 0}, "stride=0"),
+    ]:
+        with subtests.test(options=options):
+            with pytest.raises(ValueError, match=message):
+                RMILoss(**options)

@@ -81,15 +81,13 @@ def test_sum_of_losses() -> None:
     torch.testing.assert_close(weighted, entropy + 0.3 * jaccard)
 
 
-@pytest.mark.parametrize(
-    ("losses", "weights", "message"),
-    [
+def test_sums_that_make_no_sense(subtests: pytest.Subtests) -> None:
+    for losses, weights, message in [
         ({}, None, "losses is empty"),
         ({"a": _Constant()}, {"b": 1.0}, "'b'.*none of \\['a'\\]"),
         ({"a": _Constant()}, {"a": -1.0}, "weights\\['a'\\]=-1.0"),
         ({"a": _Constant()}, {"a": math.nan}, "weights\\['a'\\]=nan"),
-    ],
-)
-def test_sums_that_make_no_sense(losses, weights, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        LossSum(losses, weights)
+    ]:
+        with subtests.test(losses=losses, weights=weights):
+            with pytest.raises(ValueError, match=message):
+                LossSum(losses, weights)

@@ -8,11 +8,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from tests.helpers import running_first
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/ablate.py"
@@ -26,6 +27,25 @@ overrides:
   - train.log_period=1
   - train.checkpointer.period=4
   - train.eval_period=0
+"""
+
+
+# The training of the second cell kills itself and the tool after its first checkpoint.
+DIES_AFTER_A_CHECKPOINT = """
+import sys
+
+command = " ".join(sys.orig_argv)
+if "train_net.py" in command and "ms_cs_demo" in command:
+    import os, signal
+    from contrast_d2.engine import Checkpointer
+
+    save = Checkpointer.save
+
+    def save_and_die(*args, **options):
+        save(*args, **options)
+        os.killpg(0, signal.SIGKILL)
+
+    Checkpointer.save = save_and_die
 """
 
 
@@ -77,22 +97,21 @@ def test_status_trains_nothing(main, tmp_path: Path, capsys) -> None:
 
 @pytest.mark.slow
 def test_an_ablation_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
-    path = short_definition(tmp_path, 40)
+    path = short_definition(tmp_path, 8)
     arguments = [str(path), "--output", str(tmp_path / "out"), "--results", str(tmp_path / "res")]
     command = [sys.executable, str(TOOL), *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     first, second = (tmp_path / f"out/quick/{name}_seed0" for name in ("base", "ms_cs"))
-    with (tmp_path / "killed.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        while not list(second.glob("model_*.pth")):
-            assert process.poll() is None, (tmp_path / "killed.log").read_text()
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    killed = subprocess.run(
+        command,
+        env=running_first(DIES_AFTER_A_CHECKPOINT, tmp_path / "first", environment),
+        capture_output=True,
+        text=True,
+        start_new_session=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     untouched = (first / "metrics.json").stat().st_mtime_ns
-    assert not (second / "model_final.pth").exists()
+    assert [path.name for path in second.glob("model_*.pth")] == ["model_0000003.pth"]
     assert not (tmp_path / "res").exists()
 
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -105,7 +124,7 @@ def test_an_ablation_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None
     result = json.loads((tmp_path / "res/quick.json").read_text())
     assert list(result["summary"]) == ["base", "ms_cs"]
     base, ms_cs = result["runs"]["base"][0], result["runs"]["ms_cs"][0]
-    assert (base["iterations"], base["dataset"]) == (40, "shapes_sem_seg_val")
+    assert (base["iterations"], base["dataset"]) == (8, "shapes_sem_seg_val")
     assert 100 < ms_cs["peak_memory_mib"] < 10_000 and ms_cs["seconds_per_step"] > 0
     rows = result["summary"]
     assert rows["base"]["contrast_parameters"] == 0 < rows["ms_cs"]["contrast_parameters"]

@@ -7,9 +7,9 @@ import gc
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,9 +31,8 @@ pytest.importorskip("pytorch_metric_learning", reason="the benchmark's peer: ins
 # ruff: noqa: E402
 from bench import cases, contrast, growth, machine, peers, scenes, tables, worker
 from bench.host_reads import count_host_reads
-from bench.methods import MethodStep
 from bench.training import BASELINE, VARIANTS, TrainingStep
-from bench.workloads import BF16, FIXED_SIZE, OURS, SUPCON, TEXTBOOK, InfoNCE, Step
+from bench.workloads import FIXED_SIZE, OURS, SUPCON, TEXTBOOK, InfoNCE, Step
 
 TINY = cases.TINY_CASES["tiny"].workload
 PEAKS = machine.Peaks(fp32=97e9, bf16=200e9, write=19.2e9, copy=10e9)
@@ -46,9 +45,10 @@ def unit_rows(number: int, width: int = 8) -> Tensor:
 # The limit
 
 
-@pytest.mark.parametrize("anchors, ms", [(2048, 33), (4096, 133), (9984, 789)])
-def test_limit_of_the_loss_is_three_a_squared_d(anchors: int, ms: float) -> None:
-    assert 1000 * PEAKS.limit(InfoNCE(anchors).cost()) == pytest.approx(ms, rel=0.02)
+def test_limit_of_the_loss_is_three_a_squared_d(subtests: pytest.Subtests) -> None:
+    for anchors, ms in [(2048, 33), (4096, 133), (9984, 789)]:
+        with subtests.test(anchors=anchors):
+            assert 1000 * PEAKS.limit(InfoNCE(anchors).cost()) == pytest.approx(ms, rel=0.02)
 
 
 def test_limit_against_a_memory_is_one_sided() -> None:
@@ -71,11 +71,12 @@ def test_limit_of_a_step_has_all_terms_and_the_dense_gradients(monkeypatch) -> N
 # The inputs
 
 
-@pytest.mark.parametrize("name", [n for n, case in cases.CASES.items() if case.expected])
-def test_scenes_draw_about_as_many_anchors_as_the_datasets(name: str) -> None:
-    case = cases.CASES[name]
-    for drawn, expected in zip(case.workload.drawn(), case.expected, strict=True):
-        assert drawn == pytest.approx(expected, rel=0.2)
+def test_scenes_draw_about_as_many_anchors_as_the_datasets(subtests: pytest.Subtests) -> None:
+    for name in [n for n, case in cases.CASES.items() if case.expected]:
+        with subtests.test(name=name):
+            case = cases.CASES[name]
+            for drawn, expected in zip(case.workload.drawn(), case.expected, strict=True):
+                assert drawn == pytest.approx(expected, rel=0.2)
 
 
 def test_label_maps_are_coherent_long_tailed_and_reproducible() -> None:
@@ -97,19 +98,24 @@ def test_label_maps_are_coherent_long_tailed_and_reproducible() -> None:
 # The peers
 
 
-@pytest.mark.parametrize("count_empty", [False, True])
-@pytest.mark.parametrize("against_a_set", [False, True])
-def test_textbook_form_is_the_same_loss(against_a_set: bool, count_empty: bool) -> None:
-    anchors = unit_rows(40).double().requires_grad_()
-    labels = torch.randint(0, 5, (40,))
-    labels[0] = 7  # without a positive
-    other = (unit_rows(30).double(), torch.randint(0, 5, (30,))) if against_a_set else ()
-    results = []
-    for loss in (info_nce, peers.textbook_info_nce):
-        value = loss(anchors, labels, *other, temperature=0.2, count_empty_anchors=count_empty)
-        results.append((value, *torch.autograd.grad(value, anchors)))
-    for ours, textbook in zip(*results, strict=True):
-        torch.testing.assert_close(ours, textbook)
+def test_textbook_form_is_the_same_loss(subtests: pytest.Subtests) -> None:
+    for count_empty in [False, True]:
+        for against_a_set in [False, True]:
+            with subtests.test(count_empty=count_empty, against_a_set=against_a_set):
+                anchors = unit_rows(40).double().requires_grad_()
+                labels = torch.randint(0, 5, (40,))
+                labels[0] = 7  # without a positive
+                other = (
+                    (unit_rows(30).double(), torch.randint(0, 5, (30,))) if against_a_set else ()
+                )
+                results = []
+                for loss in (info_nce, peers.textbook_info_nce):
+                    value = loss(
+                        anchors, labels, *other, temperature=0.2, count_empty_anchors=count_empty
+                    )
+                    results.append((value, *torch.autograd.grad(value, anchors)))
+                for ours, textbook in zip(*results, strict=True):
+                    torch.testing.assert_close(ours, textbook)
 
 
 def test_memory_peer_contrasts_with_all_of_the_memory_and_the_batch_but_itself() -> None:
@@ -148,9 +154,8 @@ def repeat(x: Tensor) -> Tensor:
     return x.repeat_interleave(torch.tensor([1, 2, 3]))
 
 
-@pytest.mark.parametrize(
-    "run, reads",
-    [
+def test_host_reads_are_counted(subtests: pytest.Subtests) -> None:
+    for run, reads in [
         (lambda x: x.sum().item(), 1),
         (lambda x: x.tolist(), 1),
         (lambda x: float(x[0]) + int(x[1]), 2),
@@ -168,11 +173,10 @@ def repeat(x: Tensor) -> Tensor:
         (lambda x: x.unique(), 1),
         (repeat, 1),
         (lambda x: x.repeat_interleave(torch.tensor([1, 2, 3]), output_size=6), 0),
-    ],
-)
-def test_host_reads_are_counted(run: Callable[[Tensor], Any], reads: int) -> None:
-    x = torch.tensor([-1.0, 2.0, 3.0])
-    assert sum(count_host_reads(lambda: run(x), CPU).values()) == reads
+    ]:
+        with subtests.test(run=run):
+            x = torch.tensor([-1.0, 2.0, 3.0])
+            assert sum(count_host_reads(partial(run, x), CPU).values()) == reads
 
 
 def test_host_reads_of_the_backward_pass_are_counted() -> None:
@@ -233,22 +237,15 @@ def test_a_processor_without_avx512_emulates_bf16() -> None:
     assert done.stdout == "False\n"
 
 
-def test_emulated_products_are_left_out_with_a_word(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_emulated_products_have_no_peak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(machine, "_MATMUL_SIZES", (16,))
-    for module in (machine, contrast):
-        monkeypatch.setattr(module, "multiplies_bf16", lambda device: False)
+    monkeypatch.setattr(machine, "multiplies_bf16", lambda device: False)
     monkeypatch.setattr(
         contrast, "peak_mib", lambda work, device: [dict.fromkeys(names, 1.0) for _, names in work]
     )
-    said: list[str] = []
-    found = contrast.measure(["tiny_infonce"], CPU, rounds=1, most_seconds=0, say=said.append)
+    found = contrast.measure(["tiny_infonce"], CPU, rounds=1, most_seconds=0, say=lambda line: None)
     contenders = list(found["cases"]["tiny_infonce"]["contenders"])
-    assert BF16 in cases.ALL_CASES["tiny_infonce"].contenders
     assert contenders == [OURS, TEXTBOOK, SUPCON]
-    (line,) = [line for line in said if BF16 in line]
-    assert "emulates" in line
     (tmp_path / "cpu.json").write_text(json.dumps(found))
     filled = tables.fill("<!-- cpu.json: machine -->\n<!-- end -->", tmp_path)
     assert " and none in bf16, " in filled
@@ -403,12 +400,12 @@ def test_kept_promises_give_no_line(kept) -> None:
 @pytest.mark.parametrize(
     "case, path, value, words",
     [
-        ("cityscapes_b8", (OURS, "times_limit", "median"), 1.9, "1.90 times the limit, not 1.8"),
-        ("cityscapes_b8_large", (OURS, "times_limit", "median"), 1.6, "1.60 times the limit"),
-        ("infonce_9984", (OURS, "times_limit", "median"), 1.45, "1.45 times the limit, not 1.4"),
-        ("infonce_9984", (OURS, "peak_mib"), 120.0, "120 MiB, not 100"),
-        ("cityscapes_b8", (OURS, "host_reads"), {"cpu": 1, "nonzero": 1}, "not 1 at most"),
-        ("cityscapes_b8", (FIXED_SIZE, "host_reads"), {"cpu": 1}, "not 0 at most"),
+        ("cityscapes_b8", (OURS, "times_limit", "median"), 1.9, "1.90 .*1.8"),
+        ("cityscapes_b8_large", (OURS, "times_limit", "median"), 1.6, "1.60 "),
+        ("infonce_9984", (OURS, "times_limit", "median"), 1.45, "1.45 .*1.4"),
+        ("infonce_9984", (OURS, "peak_mib"), 120.0, "120 MiB.*100"),
+        ("cityscapes_b8", (OURS, "host_reads"), {"cpu": 1, "nonzero": 1}, " 1 "),
+        ("cityscapes_b8", (FIXED_SIZE, "host_reads"), {"cpu": 1}, " 0 "),
     ],
 )
 def test_a_broken_promise_is_one_line(kept, case: str, path, value, words: str) -> None:
@@ -417,15 +414,15 @@ def test_a_broken_promise_is_one_line(kept, case: str, path, value, words: str) 
         found = found[key]
     found[path[-1]] = value
     (line,) = contrast.violations(kept)
-    assert line.startswith(f"{case}: ") and words in line
+    assert line.startswith(f"{case}: ") and re.search(words, line)
 
 
 def test_too_few_anchors_and_too_large_errors_are_broken_promises(kept) -> None:
     kept["cases"]["cityscapes_b8"]["drawn"][1] = 100
     kept["errors"]["torch.float32"][OURS]["gradient"] = 3e-6
     draws, error = contrast.violations(kept)
-    assert "scale 1 draws 100 anchors" in draws
-    assert error == "torch.float32: error 3.0e-06 of the gradient, not 2.0e-06"
+    assert "scale 1" in draws and "100" in draws
+    assert error.startswith("torch.float32") and "3.0e-06" in error and "2.0e-06" in error
 
 
 def test_a_gpu_has_promises_of_its_own(kept) -> None:
@@ -438,7 +435,7 @@ def test_a_gpu_has_promises_of_its_own(kept) -> None:
     found[OURS]["times_limit"]["median"] = 3.1
     found[TEXTBOOK] = {"times_ours": {"median": 9.0}}
     slow, gain = contrast.violations(kept)
-    assert "3.10 times the limit, not 3.0" in slow and "9.0 times as fast" in gain
+    assert "3.10 " in slow and "3.0" in slow and "9.0 " in gain
 
 
 # Projection
@@ -454,52 +451,8 @@ def test_variants_of_the_projection_share_one_model() -> None:
         losses[name] = run().item()
     baseline = losses.pop(BASELINE)
     assert all(loss > baseline + 0.1 for loss in losses.values())
-    # Batch norms of the map give what they give in dense projection; those of the draw do not.
-    assert losses["sampled, map"] == pytest.approx(losses["dense"], rel=1e-4)
-    assert losses["sampled, draw"] != pytest.approx(losses["dense"], rel=1e-4)
-
-
-# Methods
-
-DEMO = {name: str(ROOT / f"configs/shapes/semfpn_r18_{name}_demo.py") for name in ("base", "ms_cs")}
-
-
-def test_methods_start_from_the_weights_of_the_baseline(tmp_path) -> None:
-    weights = tmp_path / "base.pth"
-    trained = MethodStep(DEMO).model("base")
-    torch.nn.init.constant_(trained.sem_seg_head.predictor.bias, 3.0)
-    torch.save({"model": trained.state_dict()}, weights)
-    step = MethodStep(DEMO, str(weights))
-    models = {name: step.model(name) for name in DEMO}
-    assert all((m.sem_seg_head.predictor.bias == 3).all() for m in models.values())
-    assert models["base"].contrast is None and models["ms_cs"].contrast is not None
-    baseline, method = (run().item() for run in step.contenders(CPU, list(DEMO)).values())
-    assert method > baseline + 0.1
-
-    torch.save({"model": {"backbone.other": torch.zeros(1)}}, weights)
-    with pytest.raises(ValueError, match="base.pth does not fit .*base_demo.py: .*weights of its"):
-        step.model("base")
-
-
-@pytest.mark.slow
-def test_the_tool_measures_methods(tmp_path) -> None:
-    output = tmp_path / "methods.json"
-    command = [sys.executable, TOOL, "methods", *DEMO.values(), "--repeats", "1"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, "--output", output], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(output.read_text())["methods"]
-    base, method = found["semfpn_r18_base_demo"], found["semfpn_r18_ms_cs_demo"]
-    assert base["times_baseline"]["median"] == 1
-    assert method["parameters"] > base["parameters"]
-    # fp32 weights, and little else.
-    assert 4 * base["parameters"] < 1e6 * base["checkpoint_mb"] < 4.1 * base["parameters"]
-    assert method["checkpoint_mb"] > base["checkpoint_mb"]
-    assert base["peak_mib"] > 1
-    table = tables.fill("<!-- methods.json: methods -->\n<!-- end -->\n", tmp_path)
-    assert f"| `semfpn_r18_ms_cs_demo` | {method['ms']['median']:,.0f} | " in table
+    # Batch norms of drawn pixels have other statistics than those of whole maps.
+    assert losses["sampled, batch"] != pytest.approx(losses["dense"], rel=1e-4)
 
 
 # The command line

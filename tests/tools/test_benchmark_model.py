@@ -31,7 +31,7 @@ def tiny_step(**changes: Any) -> methods.MethodStep:
 
 def test_a_step_is_that_of_the_experiment() -> None:
     step = models.step_of(DEMO)
-    assert list(step.files) == [BASE, METHOD] and step.updates
+    assert list(step.files) == [BASE, METHOD]
     assert (step.scene.batch, step.scene.height, step.scene.width) == (8, 96, 128)
     assert step.scene.num_classes == 9
     assert worker.from_json(json.loads(json.dumps(worker.to_json(step)))) == step
@@ -67,8 +67,6 @@ def test_a_step_updates_and_tells_what_it_keeps() -> None:
     # AdamW has two numbers for each parameter; there are few buffers.
     parameters = sum(leaf.nbytes for leaf in leaves)
     assert 3 * parameters < kept < 3.02 * parameters
-    (still,) = tiny_step(updates=False).contenders(CPU, [METHOD]).values()
-    assert still.settle() == 0
 
 
 def test_precision_is_that_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +117,7 @@ def test_the_tool_measures_models(tmp_path: Path) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     ((name, case),) = json.loads(output.read_text())["cases"].items()
-    assert name == BASE and case["scene"]["height"] == 32 and case["updates"]
+    assert name == BASE and case["scene"]["height"] == 32
     base, method = case["methods"][BASE], case["methods"][METHOD]
     assert base["times_baseline"]["median"] == 1 and method["parameters"] > base["parameters"]
     # Weights, gradients and two numbers of AdamW for each.

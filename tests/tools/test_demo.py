@@ -18,7 +18,7 @@ from PIL import Image
 
 from contrast_d2.data.shapes import CLASS_COLORS
 from contrast_d2.engine import load_config
-from contrast_d2.media import Video, VideoWriter
+from contrast_d2.studio.media import Video, VideoWriter
 
 from ..tiny import SMALL_NETWORK
 
@@ -283,6 +283,6 @@ def test_the_guide_runs(
         assert path == f"{run}/model_final.pth"
         return load(CONFIG, weights["first"], SMALL_NETWORK, device="cpu")
 
-    monkeypatch.setattr("contrast_d2.engine.predictor.load_predictor", load_small)
+    monkeypatch.setattr("contrast_d2.deploy.predictor.load_predictor", load_small)
     exec(compile(snippet, "docs/demo.md", "exec"), names)
     assert names["names"] == [names["predictor"].class_names[2]]

@@ -9,7 +9,7 @@ import torch
 from detectron2.config import instantiate
 from torch import nn
 
-from contrast_d2 import export
+from contrast_d2.deploy import export
 from contrast_d2.engine import load_config
 
 from ..tiny import SMALL_NETWORK

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from contrast_d2.data import SemSegMapper, build_test_loader
-from contrast_d2.visualize import WRONG
+from contrast_d2.studio.visualize import WRONG
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/plot_run.py"

@@ -74,25 +74,23 @@ def run(
     return watched
 
 
-@pytest.mark.parametrize(
-    ("grows", "bad"),
-    [
+def test_what_grows_is_named(subtests: pytest.Subtests) -> None:
+    for grows, bad in [
         ({}, []),
         ({"mib": 20}, ["memory"]),
         ({"mib": -20}, []),
         ({"handles": 10}, ["handles"]),
         ({"threads": 8}, ["threads"]),
         ({"time": 0.5}, ["time"]),
-    ],
-)
-def test_what_grows_is_named(grows: dict[str, float], bad: list[str]) -> None:
-    found = judged(run(**grows), PERIODS)
-    assert found["not_flat"] == bad
-    assert found["mib"]["slope"] == pytest.approx(grows.get("mib", 0), abs=2)
-    assert found["mib"]["mean"] < 520  # evaluations are left out
-    assert found["iterations_per_second"] == pytest.approx(1)
+    ]:
+        with subtests.test(grows=grows):
+            found = judged(run(**grows), PERIODS)
+            assert found["not_flat"] == bad
+            assert found["mib"]["slope"] == pytest.approx(grows.get("mib", 0), abs=2)
+            assert found["mib"]["mean"] < 520  # evaluations are left out
+            assert found["iterations_per_second"] == pytest.approx(1)
 
 
 def test_a_run_that_ends_in_its_warmup_is_refused() -> None:
-    with pytest.raises(ValueError, match="no progress was seen after the 200 iterations"):
+    with pytest.raises(ValueError, match="200 iterations"):
         judged(run()[:20], PERIODS)

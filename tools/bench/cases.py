@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .scenes import Scene
-from .workloads import BF16, FIXED_SIZE, OURS, SUPCON, TEXTBOOK, InfoNCE, Step
+from .workloads import FIXED_SIZE, OURS, SUPCON, TEXTBOOK, InfoNCE, Step
 
 # Host reads of a whole step, and memory beyond inputs and outputs of an InfoNCE of 10,000 anchors.
 MOST_HOST_READS = {OURS: 1, FIXED_SIZE: 0}
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 _STEP = (OURS, FIXED_SIZE, TEXTBOOK, SUPCON)
-_LOSS = (OURS, BF16, TEXTBOOK, SUPCON)
+_LOSS = (OURS, TEXTBOOK, SUPCON)
 
 STREET = Scene(
     batch=8,

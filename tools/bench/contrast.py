@@ -29,7 +29,6 @@ from .machine import (
     interleave,
     median_peaks,
     milliseconds,
-    multiplies_bf16,
     note,
     ratios,
     seconds_of,
@@ -37,7 +36,7 @@ from .machine import (
 )
 from .peers import textbook_info_nce
 from .worker import default_heap_ms, peak_mib, to_json
-from .workloads import BF16, OURS, TEXTBOOK, InfoNCE, Step
+from .workloads import OURS, TEXTBOOK, InfoNCE, Step
 
 _ACCURACY_ANCHORS = 1024
 
@@ -133,9 +132,6 @@ def _measure_case(
     say: Say,
 ) -> dict[str, Any]:
     workload, names = case.workload, list(case.contenders)
-    if BF16 in names and not multiplies_bf16(device):
-        names.remove(BF16)
-        say(f"  {BF16}: left out: this {device.type} emulates them")
     runs = workload.contenders(device, names)
     result: dict[str, Any] = {"workload": to_json(workload), "cost": workload.cost()._asdict()}
     if isinstance(workload, Step):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from contrast_d2.visualize import GRID, LINE_COLORS
+from contrast_d2.studio.visualize import GRID, LINE_COLORS
 
 from .cases import LARGE_REGIONS
 from .machine import Probes, Say, interleave, note

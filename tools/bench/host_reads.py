@@ -11,12 +11,15 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from contrast_d2.contrast import method, terms
 
 # Operations whose output size is read off the device, whoever calls them.
 _SIZED_BY_VALUES = {
@@ -43,10 +46,9 @@ def count_host_reads(run: Callable[[], object], device: torch.device) -> Counter
     """
     if device.type == "cuda":
         return _count_on_cuda(run)
-    reads = _HostReads()
-    with reads, _SizedByValues(reads.counts):
+    with HostReads() as reads:
         run()
-    return reads.counts
+    return Counter(reads.calls)
 
 
 def _count_on_cuda(run: Callable[[], object]) -> Counter[str]:
@@ -63,14 +65,37 @@ def _count_on_cuda(run: Callable[[], object]) -> Counter[str]:
     return Counter(f"{w.filename.rpartition('/')[2]}:{w.lineno}" for w in waits)
 
 
-class _HostReads(TorchFunctionMode):
-    """Counts copies to the host; a copied tensor is read for free afterwards."""
+class HostReads(TorchFunctionMode):
+    """Notes on a CPU what would make the host wait for a device, forward and backward.
+
+    A copied tensor is read for free afterwards.
+
+    Attributes:
+        calls: names of the calls, in order.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: Counter[str] = Counter()
+        self.calls: list[str] = []
+        self._sized_by_values = _SizedByValues(self.calls)
         # Kept alive, so that no other tensor takes the identity of one of them.
         self._on_host: list[Tensor] = []
+        # What is done on a CPU alone, where it costs nothing: the check of labels, and the kernel
+        # that sorts by class.
+        self._not_on_a_gpu = [
+            patch.object(method, "check_labels", lambda *_: None),
+            patch.object(terms, "is_exact", lambda *_: False),
+        ]
+
+    def __enter__(self) -> HostReads:
+        for part in (*self._not_on_a_gpu, self._sized_by_values):
+            part.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for part in (self._sized_by_values, *self._not_on_a_gpu):
+            part.__exit__(*error)
 
     def __torch_function__(
         self,
@@ -85,7 +110,7 @@ class _HostReads(TorchFunctionMode):
         if not reads:
             return func(*args, **kwargs)
         if not any(args[0] is tensor for tensor in self._on_host):
-            self.counts[name] += 1
+            self.calls.append(name)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
             # On a CPU the copy is the tensor itself, which stays one of the device.
@@ -100,11 +125,11 @@ def _names_the_cpu(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
 
 
 class _SizedByValues(TorchDispatchMode):
-    """Counts operations that cannot return before their input is known to the host."""
+    """Notes operations that cannot return before their input is known to the host."""
 
-    def __init__(self, counts: Counter[str]) -> None:
+    def __init__(self, calls: list[str]) -> None:
         super().__init__()
-        self._counts = counts
+        self._calls = calls
 
     def __torch_dispatch__(
         self,
@@ -124,5 +149,5 @@ class _SizedByValues(TorchDispatchMode):
         elif name == "aten::repeat_interleave":
             waits = kwargs.get("output_size") is None
         if waits:
-            self._counts[name.removeprefix("aten::")] += 1
+            self._calls.append(name.removeprefix("aten::"))
         return func(*args, **kwargs)

@@ -5,7 +5,6 @@ Shape letters: B images, H W an image.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .machine import Probes, Say, interleave, milliseconds, multiplies_bf16, note, ratios, warning
+from .machine import Probes, Say, interleave, milliseconds, multiplies_bf16, ratios, warning
 from .scenes import IGNORE_LABEL, Scene, draw_labels
 from .workloads import Contender
 
@@ -24,27 +23,22 @@ PRECISIONS = tuple(_AUTOCAST_DTYPES)
 
 @dataclass(frozen=True)
 class MethodStep:
-    """A training step of the segmentors of experiment files, on one batch.
+    """A training step of the segmentors of experiment files, on one batch, updates included.
+
+    What stays in memory from step to step (weights, other state and that of the optimizer) counts
+    as part of the peak.
 
     Attributes:
         files: the experiment files by name. They must be of one dataset and crop size.
-        weights: checkpoint that all networks start from, "" for random weights. What is wrongly
-            predicted, and with it the cost of some methods, depends on them.
-        scene: B, H, W and the look of generated labels, under random images; None takes the first
-            batch of the first file's training data.
+        scene: B, H, W and the look of generated labels, under random images.
         precision: "fp32", or autocast to "bf16".
         compiled: by `torch.compile`.
-        updates: the file's optimizer takes its step, and what stays in memory from step to step
-            (weights, other state and that of the optimizer) counts as part of the peak. Otherwise
-            forward and backward only.
     """
 
     files: Mapping[str, str]
-    weights: str = ""
-    scene: Scene | None = None
+    scene: Scene
     precision: str = "fp32"
     compiled: bool = False
-    updates: bool = False
 
     def contenders(self, device: torch.device, names: Sequence[str]) -> dict[str, Contender]:
         """A training step of each named file's model."""
@@ -54,11 +48,8 @@ class MethodStep:
             model = self.model(name).to(device)
             run = torch.compile(model) if self.compiled else model
             compute = partial(_training_losses, run, batch, device, self.precision)
-            if self.updates:
-                optimizer = _optimizer(self.files[name], model)
-                runs[name] = _UpdatingContender(compute, model, optimizer)
-            else:
-                runs[name] = Contender(compute, list(model.parameters()))
+            optimizer = _optimizer(self.files[name], model)
+            runs[name] = _UpdatingContender(compute, model, optimizer)
         return runs
 
     def gradient_bytes(self) -> int:
@@ -71,24 +62,10 @@ class MethodStep:
         # Imported here: the measurements of the contrastive step do without detectron2.
         from detectron2.config import instantiate
 
-        model = instantiate(experiment(self.files[name]).model).train()
-        if self.weights:
-            state = torch.load(self.weights, map_location="cpu", weights_only=True)
-            unfit = model.load_state_dict(state.get("model", state), strict=False)
-            missing = [key for key in unfit.missing_keys if not key.startswith("contrast.")]
-            if missing or unfit.unexpected_keys:
-                raise ValueError(
-                    f"{self.weights} does not fit {self.files[name]}: "
-                    f"{[*missing, *unfit.unexpected_keys][0]}. Give weights of its baseline."
-                )
-        return model
+        return instantiate(experiment(self.files[name]).model).train()
 
     def _batch(self) -> list[dict[str, Any]]:
-        from detectron2.config import instantiate
-
         config = experiment(next(iter(self.files.values())))
-        if self.scene is None:
-            return next(iter(instantiate(config.dataloader.train)))
         scene = self.scene
         generator = torch.Generator().manual_seed(scene.seed)
         size = (scene.batch, 3, scene.height, scene.width)
@@ -131,7 +108,7 @@ class _UpdatingContender(Contender):
         return sum(x.nbytes for x in kept)
 
 
-def measure(
+def measure_step(
     work: MethodStep,
     device: torch.device,
     *,
@@ -139,7 +116,7 @@ def measure(
     most_seconds: float,
     say: Say,
 ) -> dict[str, Any]:
-    """Measures time, peak memory, parameters and checkpoint size.
+    """Measures time, peak memory and parameters.
 
     Args:
         work: the first of its files is the baseline.
@@ -149,26 +126,12 @@ def measure(
         say: is told what is found, line by line.
 
     Returns:
-        A tree for JSON: how and where, and by file the time of a step (ms), its ratio to the
-        baseline's, peak memory beyond inputs (MiB; without updates, beyond weights too), parameters
-        in training, and the size of the model's part of a checkpoint (MB).
+        A tree for JSON: by file the time of a step (ms), its ratio to the baseline's, peak memory
+        beyond inputs (MiB), and parameters in training.
 
     Raises:
         ValueError: the device emulates products of the step's precision.
     """
-    found = measure_step(work, device, rounds=rounds, most_seconds=most_seconds, say=say)
-    return {**note(device), **found}
-
-
-def measure_step(
-    work: MethodStep,
-    device: torch.device,
-    *,
-    rounds: int,
-    most_seconds: float,
-    say: Say,
-) -> dict[str, Any]:
-    """As `measure`, without the notes on machine and versions."""
     from .worker import peak_mib
 
     if work.precision == "bf16" and not multiplies_bf16(device):
@@ -198,23 +161,19 @@ def measure_step(
             "times_baseline": ratios(seconds, timings.seconds[names[0]]),
             "peak_mib": memory[name],
             "parameters": sum(p.numel() for p in model.parameters()),
-            "checkpoint_mb": _saved_bytes(model.state_dict()) / 1e6,
         }
         methods[name] = row
         say(
             f"  {name:32} {row['ms']['median']:9.1f} ms  "
             f"{row['times_baseline']['median']:6.3f} x baseline "
             f"({row['times_baseline']['p10']:.3f}-{row['times_baseline']['p90']:.3f})  "
-            f"{row['peak_mib']:8.0f} MiB  {row['parameters'] / 1e6:7.2f} M parameters  "
-            f"{row['checkpoint_mb']:7.1f} MB"
+            f"{row['peak_mib']:8.0f} MiB  {row['parameters'] / 1e6:7.2f} M parameters"
         )
     return {
         "files": dict(work.files),
-        "weights": bool(work.weights),
-        "scene": None if work.scene is None else asdict(work.scene),
+        "scene": asdict(work.scene),
         "precision": work.precision,
         "compiled": work.compiled,
-        "updates": work.updates,
         "rounds": len(timings.peaks),
         "calls_per_round": timings.calls,
         "cpu_share": timings.cpu_share,
@@ -229,7 +188,6 @@ def experiment(path: str) -> Any:
 
     config = load_config(path)
     config.model = without_starting_weights(config.model)
-    config.dataloader.train.num_workers = 0
     # What is measured is a step with contrast.
     if config.model.contrast is not None and "warmup_iters" in config.model.contrast:
         config.model.contrast.warmup_iters = 0
@@ -254,9 +212,3 @@ def _training_losses(
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         losses = run(batch)
     return torch.stack(list(losses.values())).sum()
-
-
-def _saved_bytes(state: Mapping[str, Tensor]) -> int:
-    file = io.BytesIO()
-    torch.save(state, file)
-    return file.tell()

@@ -65,7 +65,6 @@ def step_of(
         scene=scene_of(classes.pop(), batch, size),
         precision=precision,
         compiled=compiled,
-        updates=True,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.figure import Figure
 
-from contrast_d2.visualize import GRID, LINE_COLORS
+from contrast_d2.studio.visualize import GRID, LINE_COLORS
 
 from .machine import Say, note
 from .processes import Growth, Usage, growth, usage

@@ -1,4 +1,4 @@
-"""The tables of docs/{performance,methods,models,...}.md, made from the results.
+"""The tables of docs/{performance,models,evaluation}.md, made from the results.
 
 A table stands between two comments, of which the first names its results and its kind:
 
@@ -18,7 +18,7 @@ from typing import Any
 from .workloads import OURS
 
 # In the folder docs/, without suffix.
-DOCUMENTS = ("performance", "methods", "models", "evaluation", "dashboard")
+DOCUMENTS = ("performance", "models", "evaluation")
 
 _MIB = 1 << 20
 _SECTION = re.compile(r"(<!-- ([\w.]+): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -160,27 +160,6 @@ def _projections(found: Mapping[str, Any]) -> str:
     return _table(["part", "projection", "ms", "times dense", "peak, MiB"], rows)
 
 
-def _methods(found: Mapping[str, Any]) -> str:
-    baseline = next(iter(found["methods"].values()))
-    rows = []
-    for name, row in found["methods"].items():
-        ratio = row["times_baseline"]
-        rows.append(
-            [
-                f"`{name}`",
-                _time(row),
-                ""
-                if row is baseline
-                else f"{ratio['median']:.3f} ({ratio['p10']:.3f} to {ratio['p90']:.3f})",
-                f"{row['peak_mib']:,.0f}",
-                f"{row['parameters'] / 1e6:.2f}",
-                f"{row['checkpoint_mb']:.1f}",
-            ]
-        )
-    head = "experiment|ms|times baseline|peak, MiB|parameters in training, M|weights and state, MB"
-    return _table(head.split("|"), rows)
-
-
 def _loading(found: Mapping[str, Any]) -> str:
     rows = []
     for name, kind in found["kinds"].items():
@@ -217,22 +196,6 @@ def _evaluations(found: Mapping[str, Any]) -> str:
                 ]
             )
     return _table(["scores in memory", "evaluator", "ms", "times as fast as detectron2's"], rows)
-
-
-def _dashboards(found: Mapping[str, Any]) -> str:
-    rows = [
-        [
-            f"`{name}`",
-            *(
-                f"{row['ms'][kind]['median'] / 1000:.2f}"
-                for kind in ("plain", "inspected", "shown")
-            ),
-            f"{row['event_kb'] / 1000:.2f}",
-        ]
-        for name, row in found["dashboards"].items()
-    ]
-    head = "experiment|a step, s|an inspected step, s|shown and written, s|in the event file, MB"
-    return _table(head.split("|"), rows)
 
 
 def _training_steps(found: Mapping[str, Any]) -> str:
@@ -340,11 +303,9 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "heaps": _heaps,
     "errors": _errors,
     "projections": _projections,
-    "methods": _methods,
     "models": _models,
     "training": _training_steps,
     "exponents": _exponents,
     "loading": _loading,
     "evaluations": _evaluations,
-    "dashboards": _dashboards,
 }

@@ -17,24 +17,11 @@ from .scenes import Scene, draw_labels
 from .workloads import Contender
 
 BASELINE = "no contrast"
-# Arguments of MultiScaleContrast, and of its projector's norm, by the name of the variant.
+# Arguments of the preset by the name of the variant.
 VARIANTS = {
-    "dense": {"projection": "dense", "norm_statistics": None, "projector.norm": "batch"},
-    "sampled, map": {
-        "projection": "sampled",
-        "norm_statistics": "map",
-        "projector.norm": "batch",
-    },
-    "sampled, draw": {
-        "projection": "sampled",
-        "norm_statistics": "draw",
-        "projector.norm": "batch",
-    },
-    "sampled, layer": {
-        "projection": "sampled",
-        "norm_statistics": None,
-        "projector.norm": "layer",
-    },
+    "dense": {"projection": "dense", "norm": "batch"},
+    "sampled, batch": {"projection": "sampled", "norm": "batch"},
+    "sampled, layer": {"projection": "sampled", "norm": "layer"},
 }
 
 _CONFIG = Path(__file__).parents[2] / "configs/camvid/fcn_hrnet18_ms_cs_6k.py"
@@ -126,4 +113,4 @@ def _training_losses(model: nn.Module, contrast: nn.Module | None, batch: list[d
 
 
 def _contrast_losses(contrast: nn.Module, features: dict[str, Tensor], labels: Tensor) -> Tensor:
-    return torch.stack(list(contrast(features, None, labels).losses.values())).sum()
+    return torch.stack(list(contrast(features, labels).losses.values())).sum()

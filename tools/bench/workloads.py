@@ -30,7 +30,6 @@ from .scenes import Scene, draw_labels
 
 OURS = "contrast_d2"
 FIXED_SIZE = "contrast_d2, fixed size"
-BF16 = "contrast_d2, bf16 products"
 TEXTBOOK = "textbook"
 SUPCON = "pytorch-metric-learning"
 
@@ -261,12 +260,8 @@ class InfoNCE:
                 ),
             }
         else:
-            # Who draws in the order of classes knows how many there are of each.
-            counts = tuple(labels.bincount().tolist()) if self.sorted else None
-            ours = partial(info_nce, class_counts=counts)
             available = {
-                OURS: lambda: partial(ours, anchors, labels),
-                BF16: lambda: partial(ours, anchors, labels, products="bf16"),
+                OURS: lambda: partial(info_nce, anchors, labels),
                 TEXTBOOK: lambda: partial(textbook_info_nce, anchors, labels),
                 SUPCON: lambda: partial(SupConPeer(), anchors, labels),
             }
@@ -276,8 +271,10 @@ class InfoNCE:
 class _Projected(MultiScaleProjector):
     """Takes maps as they leave the projectors, whose own cost is another measurement."""
 
-    def forward(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return self.select(features)
+    def forward(
+        self, features: Mapping[str, Tensor], done: dict[nn.Module, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        return dict(features)
 
 
 def _within_flop(anchors: int, width: int) -> float:
@@ -291,7 +288,7 @@ def _cross_flop(anchors: int, contrast: int, width: int) -> float:
 
 
 def _our_step(contrast: MultiScaleContrast, maps: Mapping[str, Tensor], labels: Tensor) -> Tensor:
-    return torch.stack(list(contrast(maps, None, labels).losses.values())).sum()
+    return torch.stack(list(contrast(maps, labels).losses.values())).sum()
 
 
 def _with_memory(anchors: Tensor, labels: Tensor, memory: Tensor, memory_labels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Multi- and cross-scale contrast, as the ECCV 2022 paper states it (`ms_cs`), with less of it
-(`ms`, `ms_cs_one_pair`), on other maps (`ms_cs_dilated`, `ms_cs_pyramid`), and as its release does
-it (`ms_cs_release`). `max_anchors` is for the whole batch; the paper's 10,000 is for the images of
-one of its four GPUs.
+(`ms`, `ms_cs_one_pair`), on other maps (`ms_cs_dilated`, `ms_cs_pyramid`), and as its official code
+does it (`ms_cs_release`). `max_anchors` is for the whole batch; the paper's 10,000 is for the
+images of one of its four GPUs.
 
 Experiment files import them with an underscore: any other name in such a file is a key of its
 config, and would take overrides there that change nothing."""
@@ -10,37 +10,15 @@ from copy import deepcopy
 
 from detectron2.config import LazyCall as L
 
-from contrast_d2.contrast import BalancedSampler, MultiScaleContrast, MultiScaleProjector
+from contrast_d2 import contrast
 
 from .taps import decoded, stages
 
-ms_cs = L(MultiScaleContrast)(
-    projector=L(MultiScaleProjector)(
-        in_channels=stages,
-        embed_dim=256,
-        num_hidden=2,
-        norm="batch",
-    ),
-    sampler=L(BalancedSampler)(
-        num_classes="${dataset.num_classes}",
-        balance="class",
-        max_anchors=10_000,
-        min_pixels=1,
-        # Not in the paper, for which one tiny object cuts every class to its size; 0 is literal.
-        floor=32,
-        across_processes="${..across_processes}",
-    ),
+ms_cs = L(contrast.ms_cs)(
+    channels=stages,
+    num_classes="${dataset.num_classes}",
     scale_weights={"res2": 1.0, "res3": 0.7, "res4": 0.4, "res5": 0.1},
     cross_scale=[("res2", "res5", 1.0), ("res2", "res4", 1.0)],
-    weight=0.1,
-    cross_weight=0.1,
-    temperature=0.1,
-    # True contrasts the anchors of all processes.
-    across_processes=False,
-    # "sampled" projects the drawn pixels alone; batch norms then take norm_statistics="map" (of the
-    # whole map, as in dense projection) or "draw".
-    projection="dense",
-    norm_statistics=None,
 )
 
 # Without cross-scale terms, and with the first of the two.
@@ -49,8 +27,8 @@ ms.cross_scale = []
 ms_cs_one_pair = deepcopy(ms_cs)
 ms_cs_one_pair.cross_scale = [("res2", "res5", 1.0)]
 
-# On a ResNet with output stride 8: C2, C3 and C5, of strides 4, 8 and 8. The weights are the
-# release's, in the order of the maps.
+# On a ResNet with output stride 8: C2, C3 and C5, of strides 4, 8 and 8. The weights are those of
+# the official code, in the order of the maps.
 ms_cs_dilated = deepcopy(ms_cs)
 ms_cs_dilated.scale_weights = {"res2": 1.0, "res3": 0.7, "res5": 0.4}
 ms_cs_dilated.cross_scale = [("res2", "res5", 1.0), ("res2", "res3", 1.0)]
@@ -62,15 +40,9 @@ ms_cs_two_maps.cross_scale = [("res2", "res5", 1.0)]
 
 # On the pyramid of UPerNet.
 ms_cs_pyramid = deepcopy(ms_cs)
-ms_cs_pyramid.projector.in_channels = decoded("p2", "p3", "p4", "p5")
+ms_cs_pyramid.channels = decoded("p2", "p3", "p4", "p5")
 ms_cs_pyramid.scale_weights = {"p2": 1.0, "p3": 0.7, "p4": 0.4, "p5": 0.1}
 ms_cs_pyramid.cross_scale = [("p2", "p5", 1.0), ("p2", "p4", 1.0)]
 
 ms_cs_release = deepcopy(ms_cs)
-ms_cs_release.projector.num_hidden = 1
-ms_cs_release.projector.bn_momentum = 3e-4
-ms_cs_release.sampler.balance = "image_class"
-ms_cs_release.sampler.min_pixels = 5
-ms_cs_release.sampler.max_per_group = 2500
-ms_cs_release.sampler.floor = 0
-ms_cs_release.count_empty_anchors = True
+ms_cs_release._target_ = contrast.ms_cs_release

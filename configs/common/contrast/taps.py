@@ -16,11 +16,11 @@ stages = L(feature_channels)(
 )
 
 
-def tap(contrast, feature, in_channels):
-    """The method of a preset on the map `feature`, with the widths `in_channels` by name."""
+def tap(contrast, feature, channels):
+    """The method of a preset on the map `feature`, with the widths `channels` by name."""
     contrast = deepcopy(contrast)
     contrast.feature = feature
-    contrast.projector.in_channels = in_channels
+    contrast.channels = channels
     return contrast
 
 

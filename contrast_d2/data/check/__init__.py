@@ -1,7 +1,7 @@
 """Checks of a dataset before it is trained on; the command is ``tools/check_dataset.py``."""
 
 from .findings import Finding, Severity
-from .report import text_report, write_html
+from .report import text_report
 from .run import CheckedDataset, check_dataset
 
 __all__ = [
@@ -10,5 +10,4 @@ __all__ = [
     "Severity",
     "check_dataset",
     "text_report",
-    "write_html",
 ]

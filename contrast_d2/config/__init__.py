@@ -1,0 +1,1 @@
+"""Experiments: their files, overrides, detectron2's yaml configs, schedules."""

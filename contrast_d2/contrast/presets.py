@@ -1,0 +1,271 @@
+"""The methods with the values of their papers, for feature maps and a number of classes.
+
+    contrast = ms_cs({"res2": 64, "res3": 128, "res4": 256, "res5": 512}, num_classes=19)
+    losses, statistics = contrast(features, labels)
+
+Anything else is built from the classes, of which these functions are examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from .contextual import Contextrast, Negatives
+from .hard_sampling import HardAnchorSampler
+from .memory import MemoryBank
+from .multiscale import MultiScaleContrast
+from .pairs import SemiHardPairs
+from .pixel import PixelContrast
+from .pne import PNE
+from .projector import MultiScaleProjector, Norm, Projection
+from .sampling import BalancedSampler, Sampler
+
+CrossScale = Sequence[tuple[str, str, float]]
+
+
+def ms_cs(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    scale_weights: Mapping[str, float] | None = None,
+    cross_scale: CrossScale | None = None,
+    weight: float = 0.1,
+    temperature: float = 0.1,
+    max_anchors: int = 10_000,
+    min_per_class: int = 32,
+    negatives: Sampler | None = None,
+    embed_dim: int = 256,
+    norm: Norm = "batch",
+    projection: Projection = "dense",
+    across_processes: bool = False,
+) -> MultiScaleContrast:
+    """Multi- and cross-scale contrast as its paper states it, but for `min_per_class`.
+
+    Args:
+        channels: of each feature map, from fine to coarse.
+        num_classes: K.
+        scale_weights: by map; None for 1, 0.7, 0.4 and 0.1 in the order of `channels`.
+        cross_scale: pairs of maps with weights; None for the first map with each of the last two.
+        weight, temperature: as in `MultiScaleContrast`.
+        max_anchors: per map, of the whole batch; the paper's 10,000 is for the images of one GPU.
+        min_per_class: see `BalancedSampler`. Not in the paper, for which one tiny object cuts every
+            class to its size; 0 is literal.
+        negatives: as in `MultiScaleContrast`.
+        embed_dim, norm, projection: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Pissas et al., ECCV 2022, sections 3.2 to 3.4 and 4.2.
+    """
+    return MultiScaleContrast(
+        MultiScaleProjector(channels, embed_dim, num_hidden=2, norm=norm, projection=projection),
+        BalancedSampler(num_classes, max_anchors=max_anchors, min_per_class=min_per_class),
+        scale_weights=_scale_weights(channels) if scale_weights is None else scale_weights,
+        cross_scale=_cross_scale(channels) if cross_scale is None else cross_scale,
+        weight=weight,
+        temperature=temperature,
+        negatives=negatives,
+        across_processes=across_processes,
+    )
+
+
+def ms_cs_release(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    scale_weights: Mapping[str, float] | None = None,
+    cross_scale: CrossScale | None = None,
+    weight: float = 0.1,
+    temperature: float = 0.1,
+    max_anchors: int = 10_000,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> MultiScaleContrast:
+    """Multi- and cross-scale contrast as its official code does it; arguments as in `ms_cs`."""
+    return MultiScaleContrast(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, bn_momentum=3e-4),
+        BalancedSampler(
+            num_classes,
+            balance="image_class",
+            max_anchors=max_anchors,
+            min_pixels=5,
+            max_per_group=2500,
+        ),
+        scale_weights=_scale_weights(channels) if scale_weights is None else scale_weights,
+        cross_scale=_cross_scale(channels) if cross_scale is None else cross_scale,
+        weight=weight,
+        temperature=temperature,
+        count_empty_anchors=True,
+        across_processes=across_processes,
+    )
+
+
+def pixel_contrast(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    feature: str | None = None,
+    weight: float = 0.1,
+    temperature: float = 0.1,
+    max_anchors: int = 10_000,
+    warmup_iters: int = 5000,
+    memory: MemoryBank | None = None,
+    pairs: SemiHardPairs | None = None,
+    negatives: Sampler | None = None,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> PixelContrast:
+    """Pixel contrast with the anchors of its paper: 50 of each class, half of them hard.
+
+    Args:
+        channels: of the feature map, by its name.
+        num_classes: K.
+        feature: which map, where `channels` has several.
+        weight: as in `PixelContrast`.
+        temperature: 0.1 on Cityscapes, 0.07 on other data sets.
+        max_anchors: of the whole batch.
+        warmup_iters: iterations without contrast; of 40,000 the official code has 5000.
+        memory, pairs, negatives: as in `PixelContrast`.
+        embed_dim: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Wang et al., ICCV 2021, sections 3.2 and 4.1; weight and warm-up from its official
+        code.
+    """
+    return PixelContrast(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        HardAnchorSampler(num_classes, max_anchors=max_anchors, max_per_group=50),
+        feature=_only(channels) if feature is None else feature,
+        weight=weight,
+        temperature=temperature,
+        memory=memory,
+        pairs=pairs,
+        negatives=negatives,
+        warmup_iters=warmup_iters,
+        across_processes=across_processes,
+    )
+
+
+def pixel_contrast_release(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    feature: str | None = None,
+    weight: float = 0.1 * 0.1 / 0.07,
+    temperature: float = 0.1,
+    max_anchors: int = 1024,
+    warmup_iters: int = 5000,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> PixelContrast:
+    """Pixel contrast as its official code does it without memory; arguments as in `pixel_contrast`.
+
+    It scales the loss by temperature / 0.07, and its `max_anchors` are for the images of one GPU.
+    """
+    return PixelContrast(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        HardAnchorSampler(
+            num_classes,
+            balance="image_class",
+            max_anchors=max_anchors,
+            max_per_group=100,
+            min_pixels=101,
+            fill_from="easy",
+        ),
+        feature=_only(channels) if feature is None else feature,
+        weight=weight,
+        temperature=temperature,
+        warmup_iters=warmup_iters,
+        across_processes=across_processes,
+    )
+
+
+def contextrast(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    layers: Mapping[str, float] | None = None,
+    weight: float = 0.1,
+    temperature: float = 0.1,
+    negatives: Negatives = "other_classes",
+    embed_dim: int = 256,
+    num_hidden: int = 1,
+    across_processes: bool = False,
+) -> Contextrast:
+    """Contextrast as its paper states it, with a temperature and a mixture that it does not state.
+
+    Args:
+        channels: of each feature map, from fine to coarse.
+        num_classes: K.
+        layers: weights by map; None for 0.1, 0.4, 0.7 and 1 in the order of `channels`.
+        weight, temperature, negatives: as in `Contextrast`.
+        embed_dim, num_hidden: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Sung et al., CVPR 2024, sections 3 and 4.1.
+    """
+    if layers is None:
+        layers = dict(zip(channels, (0.1, 0.4, 0.7, 1.0), strict=False))
+    return Contextrast(
+        MultiScaleProjector(channels, embed_dim, num_hidden=num_hidden),
+        num_classes,
+        layers=layers,
+        weight=weight,
+        temperature=temperature,
+        deepest_weight=0.5,
+        boundary_fraction=0.5,
+        negatives=negatives,
+        across_processes=across_processes,
+    )
+
+
+def pne(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    feature: str | None = None,
+    weight: float = 1.3,
+    temperature: float = 1.0,
+    max_hard: float | int = 199 / 8192,
+    official_code: bool = False,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> PNE:
+    """Positive-negative equal contrast with the values of its official code.
+
+    Args:
+        channels: of the feature map, by its name.
+        num_classes: K.
+        feature: which map, where `channels` has several.
+        weight, temperature, max_hard, official_code: as in `PNE`.
+        embed_dim: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Wang et al., Neurocomputing 2023 (arXiv:2207.01417).
+    """
+    return PNE(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        num_classes,
+        feature=_only(channels) if feature is None else feature,
+        weight=weight,
+        temperature=temperature,
+        samples_per_group=100,
+        max_hard=max_hard,
+        official_code=official_code,
+        across_processes=across_processes,
+    )
+
+
+def _scale_weights(channels: Mapping[str, int]) -> dict[str, float]:
+    return dict(zip(channels, (1.0, 0.7, 0.4, 0.1), strict=False))
+
+
+def _cross_scale(channels: Mapping[str, int]) -> CrossScale:
+    """The finest map with the two coarsest, as far as there are others."""
+    first, *others = channels
+    return [(first, other, 1.0) for other in reversed(others[-2:])]
+
+
+def _only(channels: Mapping[str, int]) -> str:
+    if len(channels) != 1:
+        raise ValueError(f"feature=None with the maps {list(channels)}: name one of them.")
+    return next(iter(channels))

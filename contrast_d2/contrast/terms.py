@@ -1,0 +1,533 @@
+"""The terms of a contrastive loss, and the one place where all of them are computed.
+
+A method returns `Term`s; `evaluate` turns them into losses and statistics. For anchor i with
+positives P(i), of its class, and negatives N(i), of others, with s = z.z / temperature,
+
+    l(i, j) = -log( e^s_ij / (e^s_ij + sum_{n in N(i)} e^s_in) ) = softplus( n_i - s_ij )
+    n_i     = logsumexp_{n in N(i)} s_in
+    L       = mean_i mean_{j in P(i)} l(i, j)
+
+Only the one positive stands in each denominator, unlike in SupCon. The softplus form never leaves
+the range of fp32, at any temperature.
+
+Shape letters: A anchors, C contrast samples, D embedding width, K classes, R anchors of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+from torch.nn import functional as F
+
+from .info_nce_sorted import is_exact, sorted_info_nce
+from .info_nce_triton import is_available, triton_info_nce
+from .sets import (
+    ClassSums,
+    KernelResult,
+    PixelDraw,
+    PixelSet,
+    at_least_fp32,
+    class_sums,
+    gathered_set,
+    joined_sets,
+    mean_similarities,
+    refuse_second_derivative,
+    world_size,
+)
+
+Role = Literal["both", "positives", "negatives"]
+
+
+class PairSelector(Protocol):
+    """Chooses among the pairs of one block of anchors."""
+
+    def __call__(
+        self, similarities: Tensor, positive: Tensor, negative: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Chooses.
+
+        Args:
+            similarities: (R, C), divided by the temperature. Not to be changed.
+            positive: (R, C) bool, pairs of one class; no anchor with itself.
+            negative: (R, C) bool, pairs of two classes.
+
+        Returns:
+            (R, C) bool positives and negatives to count, parts of those given.
+        """
+        ...
+
+
+class Side(NamedTuple):
+    """A part of a contrast set, and what its samples may be: positives, negatives, or both."""
+
+    set: PixelSet
+    role: Role = "both"
+
+
+class Term(NamedTuple):
+    """The InfoNCE of anchors against a contrast set.
+
+    Attributes:
+        name: of the loss and its statistics.
+        anchors: (A, D).
+        contrast: parts of the contrast set. Where the first part is `anchors` itself, no anchor is
+            its own positive.
+        temperature: divides the similarities.
+        weight: of the term in the loss.
+        pairs: chooses which positives and negatives of each anchor count; None for all.
+        count_empty: average over all anchors, of which those without a positive give 0, and not
+            only over those with one.
+    """
+
+    name: str
+    anchors: PixelSet
+    contrast: Sequence[Side]
+    temperature: float
+    weight: float = 1.0
+    pairs: PairSelector | None = None
+    count_empty: bool = False
+
+    @property
+    def holds_anchors(self) -> bool:
+        """Whether the anchors are the first rows of the contrast set."""
+        return self.contrast[0].set is self.anchors
+
+
+class PairSample(NamedTuple):
+    """Some of the pairs of a term, for an observer.
+
+    Attributes:
+        cosines: (R, S) similarities.
+        positive, negative: (R, S) bool, which pairs count as what.
+        anchor_labels: (R,) classes.
+        contrast_labels: (S,) classes.
+    """
+
+    cosines: Tensor
+    positive: Tensor
+    negative: Tensor
+    anchor_labels: Tensor
+    contrast_labels: Tensor
+
+
+class OwnTerm(NamedTuple):
+    """A term with a loss function of its own.
+
+    Attributes:
+        name: of the loss and its statistics.
+        share: 0-dim, this process's share of the loss: those of all processes add up to it.
+        weight: of the term in the loss.
+        statistics: 0-dim tensors by name.
+        draws: what was drawn from the feature map of that name, by what for; for an observer.
+        pairs: at most so many pairs, for an observer.
+        anchor_pixels: (K,) number of pixels whose mean is the anchor of each class; None where
+            anchors are no such means.
+    """
+
+    name: str
+    share: Tensor
+    weight: float
+    statistics: Mapping[str, Tensor]
+    draws: Callable[[], Mapping[str, PixelDraw]]
+    pairs: Callable[[int], PairSample]
+    anchor_pixels: Tensor | None = None
+
+
+class Observer(Protocol):
+    """Looks at terms as they are evaluated."""
+
+    def see_term(self, term: Term, contrast: Sequence[Side]) -> None:
+        """A term with its contrast set, which is that of all processes."""
+
+    def see_own_term(self, term: OwnTerm) -> None:
+        """A term with a loss of its own."""
+
+
+class ContrastOutput(NamedTuple):
+    """Result of a contrast method's forward.
+
+    Attributes:
+        losses: 0-dim fp32 tensors by name, `loss_contrast_<term>`, weights included: their sum
+            joins the segmentation loss.
+        statistics: 0-dim detached tensors by name, `contrast/<term>/<quantity>`, for logging only.
+    """
+
+    losses: dict[str, Tensor]
+    statistics: dict[str, Tensor]
+
+
+def evaluate(
+    terms: Sequence[Term | OwnTerm],
+    num_classes: int,
+    *,
+    across_processes: bool = False,
+    observer: Observer | None = None,
+) -> ContrastOutput:
+    """Computes all terms of a step, and what there is to say about them.
+
+    Args:
+        terms: with names of their own.
+        num_classes: K.
+        across_processes: pixels are contrasted with those of all processes, and means run over all
+            of them: loss and gradients are those of one process with the global batch. Every
+            process has to make the call, with the same terms.
+        observer: is shown every term.
+
+    Returns:
+        Losses, and per term the statistics `anchors`, `classes`, `positive_similarity` and
+        `negative_similarity` over all pairs of the sets, `negatives` where they are a set of their
+        own, and `hard_share` of the anchors where it is known; or those of an `OwnTerm`.
+    """
+    processes = world_size() if across_processes else 1
+    own = [term for term in terms if isinstance(term, Term)]
+    sides = _sides_of_all(own) if processes > 1 else [term.contrast for term in own]
+    sums = [_info_nce(term, contrast) for term, contrast in zip(own, sides, strict=True)]
+    counts = [_count(term, valid) for term, (_, valid) in zip(own, sums, strict=True)]
+    if processes > 1 and counts:
+        all_counts = torch.stack(counts)
+        dist.all_reduce(all_counts)
+        counts = list(all_counts)
+    shares = {
+        term.name: (total / count.clamp(min=1)).to(term.anchors.embeddings.dtype)
+        for term, (total, _), count in zip(own, sums, counts, strict=True)
+    }
+    statistics = _statistics(own, sides, num_classes)
+    for term in terms:
+        if isinstance(term, OwnTerm):
+            shares[term.name] = term.share
+            statistics[term.name] = dict(term.statistics)
+    if observer is not None:
+        for term, contrast in zip(own, sides, strict=True):
+            observer.see_term(term, contrast)
+        for term in terms:
+            if isinstance(term, OwnTerm):
+                observer.see_own_term(term)
+    # The shares add up to the loss times the number of processes, by which DistributedDataParallel
+    # divides the gradients, and the trainer the losses that it logs.
+    return ContrastOutput(
+        {loss_name(term.name): term.weight * processes * shares[term.name] for term in terms},
+        {
+            f"contrast/{term.name}/{quantity}": value.detach()
+            for term in terms
+            for quantity, value in statistics[term.name].items()
+        },
+    )
+
+
+def loss_name(term: str) -> str:
+    """The name of a term's loss."""
+    return f"loss_contrast_{term.replace('/', '_')}"
+
+
+def info_nce(
+    anchors: Tensor,
+    labels: Tensor,
+    contrast: Tensor | None = None,
+    contrast_labels: Tensor | None = None,
+    *,
+    temperature: float = 0.1,
+    anchors_lead_contrast: bool = False,
+    count_empty_anchors: bool = False,
+    pairs: PairSelector | None = None,
+) -> Tensor:
+    """Supervised InfoNCE of anchors against a contrast set, exact and in linear memory.
+
+    Value and gradient are computed together, block by block of the similarity matrix, so neither an
+    A x C matrix nor a graph over one is ever held. Gradients reach both sets. The result cannot be
+    differentiated twice. Similarities are fp32 (fp64 for fp64 input), whatever autocast says.
+
+    Args:
+        anchors: (A, D) unit vectors. Much longer ones leave the range of fp32 on the CPU, and the
+            loss is then not finite.
+        labels: (A,) integer classes. A negative label is padding: no anchor.
+        contrast: (C, D) unit vectors; None contrasts the anchors among themselves, each without
+            itself.
+        contrast_labels: (C,) integer classes, required with `contrast`. A sample with a negative
+            label, such as an empty slot of a memory bank, is neither positive nor negative.
+        temperature: divides the similarities; above 0.
+        anchors_lead_contrast: the first A contrast samples are the anchors, in their order: an
+            anchor is then not its own positive.
+        count_empty_anchors: average over all anchors, of which those without a positive give 0, and
+            not only over those with one.
+        pairs: chooses which positives and negatives of each anchor count; None for all of them.
+            An anchor whose positives are all left out counts as one without a positive.
+
+    Returns:
+        The loss, 0-dim fp32 (or fp64). It is 0, still connected to the graph, where no anchor has a
+        positive or no anchor has a negative.
+
+    Raises:
+        ValueError: shapes, temperature, or a missing argument.
+
+    Reference: Pissas et al., ECCV 2022, equations (1), (2) and, with another scale's anchors as
+        contrast set, (4); Wang et al., "Exploring Cross-Image Pixel Contrast for Semantic
+        Segmentation", ICCV 2021, equation (3).
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be above 0.")
+    _check_set("anchors", anchors, labels)
+    if contrast is not None and contrast_labels is not None:
+        _check_set("contrast", contrast, contrast_labels)
+        if anchors.shape[1] != contrast.shape[1]:
+            raise ValueError(
+                f"anchors are {anchors.shape[1]} wide and contrast samples {contrast.shape[1]}: "
+                "both must come from projectors of the same embed_dim."
+            )
+        if anchors_lead_contrast and len(contrast) < len(anchors):
+            raise ValueError(
+                f"anchors_lead_contrast: {len(contrast)} contrast samples cannot begin with "
+                f"{len(anchors)} anchors."
+            )
+        everything = PixelSet(contrast, contrast_labels)
+    elif contrast is not None or contrast_labels is not None or anchors_lead_contrast:
+        raise ValueError("contrast, contrast_labels and anchors_lead_contrast go together.")
+    else:
+        everything = None
+    total, valid = _sum_of_losses(
+        PixelSet(anchors, labels), everything, temperature, anchors_lead_contrast, pairs
+    )
+    count = (labels >= 0).sum() if count_empty_anchors else valid
+    return (total / count.clamp(min=1)).to(at_least_fp32(anchors).dtype)
+
+
+def _check_set(name: str, embeddings: Tensor, labels: Tensor) -> None:
+    if embeddings.dim() != 2 or labels.shape != embeddings.shape[:1]:
+        raise ValueError(
+            f"{name}: expected (N, D) embeddings with (N,) labels, got "
+            f"{tuple(embeddings.shape)} and {tuple(labels.shape)}."
+        )
+
+
+def _sides_of_all(terms: Sequence[Term]) -> list[Sequence[Side]]:
+    """The contrast sets with the pixels of all processes, each gathered once."""
+    gathered: dict[int, PixelSet] = {}
+    for side in [side for term in terms for side in term.contrast]:
+        # What is not drawn, such as a memory, is the same on all processes.
+        if side.set.draw is not None and id(side.set) not in gathered:
+            gathered[id(side.set)] = gathered_set(side.set)
+    return [
+        [side._replace(set=gathered.get(id(side.set), side.set)) for side in term.contrast]
+        for term in terms
+    ]
+
+
+def _info_nce(term: Term, sides: Sequence[Side]) -> tuple[Tensor, Tensor]:
+    """Sum over the anchors of a term of the mean loss over their positives, and their number."""
+    contrast, pairs = joined_sets([side.set for side in sides]), term.pairs
+    if any(side.role != "both" for side in sides):
+        pairs = _by_role(sides)
+    elif contrast is term.anchors:
+        contrast = None
+    return _sum_of_losses(term.anchors, contrast, term.temperature, term.holds_anchors, pairs)
+
+
+def _by_role(sides: Sequence[Side]) -> PairSelector:
+    """Counts samples in their roles only."""
+    device = sides[0].set.labels.device
+
+    def serves_as(role: Role) -> Tensor:
+        parts = [(len(side.set.labels), side.role in ("both", role)) for side in sides]
+        return torch.cat([torch.full((n,), serves, device=device) for n, serves in parts])
+
+    positives, negatives = serves_as("positives"), serves_as("negatives")
+
+    def select(similarities: Tensor, positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor]:
+        return positive & positives, negative & negatives
+
+    return select
+
+
+def _count(term: Term, valid: Tensor) -> Tensor:
+    """Number of anchors of this process that the mean of a term runs over, 0-dim."""
+    return ((term.anchors.labels >= 0).sum() if term.count_empty else valid).float()
+
+
+def _sum_of_losses(
+    anchors: PixelSet,
+    contrast: PixelSet | None,
+    temperature: float,
+    holds_anchors: bool,
+    pairs: PairSelector | None,
+) -> tuple[Tensor, Tensor]:
+    """As `_info_nce`, by the kernel for such sets; None contrasts the anchors with each other.
+
+    A Triton kernel on CUDA; on the CPU one that sorts by class; and plain PyTorch for all else:
+    fp64 on CUDA, GPUs without Triton, on the CPU temperatures below about 0.03, chosen pairs.
+    """
+    rows, samples = at_least_fp32(anchors.embeddings), anchors if contrast is None else contrast
+    kernel: Callable[..., KernelResult] = masked_info_nce
+    if pairs is not None:
+        kernel = partial(masked_info_nce, pairs=pairs)
+    elif rows.dtype == torch.float32 and is_available(rows):
+        kernel = triton_info_nce
+    elif rows.device.type == "cpu" and is_exact(temperature, len(samples.labels)):
+        kernel = sorted_info_nce
+
+    def run(rows: Tensor, columns: Tensor | None, needs_gradient: tuple[bool, bool]):
+        return kernel(
+            anchors._replace(embeddings=rows),
+            None if contrast is None else contrast._replace(embeddings=columns),
+            temperature=temperature,
+            holds_anchors=holds_anchors,
+            needs_gradient=needs_gradient,
+        )
+
+    with torch.autocast(rows.device.type, enabled=False):
+        columns = None if contrast is None else contrast.embeddings.to(rows.dtype)
+        return _InfoNCE.apply(rows, columns, run)
+
+
+class _InfoNCE(Function):
+    """Computes the sum of the losses and, where asked for, its gradients in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx, anchors: Tensor, contrast: Tensor | None, kernel: Callable[..., KernelResult]
+    ) -> tuple[Tensor, Tensor]:
+        result = kernel(anchors, contrast, (ctx.needs_input_grad[0], ctx.needs_input_grad[1]))
+        ctx.save_for_backward(result.d_anchors, result.d_contrast)
+        ctx.mark_non_differentiable(result.num_valid)
+        return result.total, result.num_valid
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        refuse_second_derivative("info_nce")
+        d_anchors, d_contrast = (
+            None if d is None else d * grad.to(d.dtype) for d in ctx.saved_tensors
+        )
+        return d_anchors, d_contrast, None
+
+
+# Elements of one R x C block of similarities; a handful of such blocks is alive at a time.
+_BLOCK_ELEMENTS = 1 << 21
+
+
+def masked_info_nce(
+    anchors: PixelSet,
+    contrast: PixelSet | None,
+    *,
+    temperature: float,
+    holds_anchors: bool,
+    needs_gradient: tuple[bool, bool],
+    pairs: PairSelector | None = None,
+) -> KernelResult:
+    """Value and gradient of the InfoNCE on any device: blocks of similarities under masks.
+
+    Nothing is assumed of order, norm or temperature, and nothing is read by the host.
+
+    Args:
+        anchors, contrast: fp32 or fp64; None contrasts the anchors with each other.
+        temperature, holds_anchors, pairs: as in `Term`.
+        needs_gradient: of anchors, of contrast.
+    """
+    among_themselves = contrast is None
+    rows, labels = anchors.embeddings, anchors.labels
+    columns, column_labels = (rows, labels) if contrast is None else contrast[:2]
+    total, num_valid = rows.new_zeros(()), rows.new_zeros(())
+    d_rows = torch.zeros_like(rows) if needs_gradient[0] else None
+    if among_themselves:
+        d_columns = d_rows  # both roles of the same samples
+    else:
+        d_columns = torch.zeros_like(columns) if needs_gradient[1] else None
+    known = column_labels >= 0
+    block = max(1, _BLOCK_ELEMENTS // max(1, len(columns)))
+    for start in range(0, len(rows), block):
+        part = slice(start, min(start + block, len(rows)))
+        logits_RC = (rows[part] @ columns.T).div_(temperature)
+        same_RC = labels[part, None] == column_labels
+        positive_RC, negative_RC = same_RC & known, ~same_RC & known
+        if among_themselves or holds_anchors:
+            positive_RC.diagonal(start).fill_(False)
+        if pairs is not None:
+            positive_RC, negative_RC = pairs(logits_RC, positive_RC, negative_RC)
+        loss, valid, d_logits_RC = _block(logits_RC, positive_RC, negative_RC)
+        total += loss
+        num_valid += valid
+        d_logits_RC.div_(temperature)
+        if d_rows is not None:
+            d_rows[part] += d_logits_RC @ columns
+        if d_columns is not None:
+            d_columns += d_logits_RC.T @ rows[part]
+    return KernelResult(total, num_valid, d_rows, None if among_themselves else d_columns)
+
+
+def _block(
+    logits_RC: Tensor, positive_RC: Tensor, negative_RC: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum of the anchors' losses over a block of rows.
+
+    Returns:
+        The sum, the number of anchors that have a positive, and the (R, C) gradient of the sum with
+        respect to the logits.
+    """
+    num_positives_R = positive_RC.sum(dim=1, dtype=logits_RC.dtype)
+    weight_R = num_positives_R.clamp(min=1).reciprocal()[:, None]
+    lse_R = logits_RC.masked_fill(~negative_RC, -torch.inf).logsumexp(dim=1, keepdim=True)
+    gap_RC = lse_R - logits_RC
+    # The threshold is where softplus(x) = x to the last bit of float64 as well.
+    loss = (
+        F.softplus(gap_RC, threshold=40).masked_fill_(~positive_RC, 0).sum(dim=1) * weight_R[:, 0]
+    ).sum()
+    # d softplus(n - s)/ds = -sigmoid(n - s) for each positive; n passes their mean on to the
+    # negatives in proportion to their softmax, exp(s - n).
+    pull_RC = gap_RC.sigmoid().masked_fill_(~positive_RC, 0).mul_(weight_R)
+    push_R = pull_RC.sum(dim=1, keepdim=True)
+    d_logits_RC = gap_RC.neg_().exp_().masked_fill_(~negative_RC, 0).mul_(push_R).sub_(pull_RC)
+    return loss, (num_positives_R > 0).sum(), d_logits_RC
+
+
+@torch.no_grad()
+def _statistics(
+    terms: Sequence[Term], sides: Sequence[Sequence[Side]], num_classes: int
+) -> dict[str, dict[str, Tensor]]:
+    """Statistics by term, in few operations for all: sums of each set once, then of all terms."""
+    if not terms:
+        return {}
+    cache: dict[int, ClassSums] = {}
+
+    def sums(sets: Sequence[PixelSet]) -> ClassSums:
+        for x in sets:
+            if id(x) not in cache:
+                cache[id(x)] = class_sums(at_least_fp32(x.embeddings), x.labels, num_classes)
+        first, *others = [cache[id(x)] for x in sets]
+        for other in others:
+            first = ClassSums(*(a + b for a, b in zip(first, other, strict=True)))
+        return first
+
+    def stacked(parts: Sequence[ClassSums]) -> ClassSums:
+        return ClassSums(*(torch.stack(values) for values in zip(*parts, strict=True)))
+
+    def with_role(role: Role) -> ClassSums:
+        return stacked([sums([s.set for s in part if s.role in ("both", role)]) for part in sides])
+
+    anchors = stacked([sums([term.anchors]) for term in terms])
+    positives, negatives = with_role("positives"), with_role("negatives")
+    numbers = anchors.counts.sum(dim=1)
+    zero = numbers.new_zeros(())
+    holds = [term.holds_anchors for term in terms]
+    own = [
+        torch.stack([x if held else zero for x, held in zip(values, holds, strict=True)])
+        for values in (anchors.squares, numbers)
+    ]
+    quantities = {
+        "anchors": numbers,
+        "classes": (anchors.counts > 0).sum(dim=1).to(numbers.dtype),
+        "positive_similarity": mean_similarities(anchors, positives, *own)[0],
+        "negative_similarity": mean_similarities(anchors, negatives)[1],
+    }
+    found = {
+        term.name: {quantity: values[number] for quantity, values in quantities.items()}
+        for number, term in enumerate(terms)
+    }
+    for number, (term, part) in enumerate(zip(terms, sides, strict=True)):
+        if any(side.role == "negatives" for side in part):
+            found[term.name]["negatives"] = negatives.counts[number].sum()
+        if term.anchors.draw is not None and term.anchors.draw.wrong is not None:
+            found[term.name]["hard_share"] = term.anchors.draw.wrong.float().mean()
+    return found

@@ -1,0 +1,1 @@
+"""What people look at: pictures, pages, videos, tables, the dashboard. No training needs it."""
