@@ -16,9 +16,9 @@ from contrast_d2.studio.ablation import write_page
 from contrast_d2.studio.dataset_report import write_report
 from contrast_d2.studio.html_page import html_page
 
-from .ablation.made import made_page as made_ablation
 from .browser import LAPTOP, PHONE, browser, opened, overflow  # noqa: F401  (a fixture)
-from .embeddings.made import COLORS, made_page
+from .studio.ablation.made import made_page as made_ablation
+from .studio.embeddings.made import COLORS, made_page
 
 ROOT = Path(__file__).parents[1]
 

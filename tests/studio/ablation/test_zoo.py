@@ -13,7 +13,7 @@ from contrast_d2.evaluation.summary import summarize_runs
 from contrast_d2.studio.ablation import model_zoo
 from tests.evaluation.test_summary import write_run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEFINITION = """\
 title: two of them
 baseline: base

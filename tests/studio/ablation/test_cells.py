@@ -30,7 +30,7 @@ from contrast_d2.studio.ablation import (
 from .stand_in import ITERATIONS
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 DEFINITIONS = sorted((ROOT / "configs/ablations").glob("*.yaml"))
 
 
@@ -203,7 +203,8 @@ def test_what_another_process_trains_is_left_to_it(tmp_path: Path) -> None:
 def test_the_lock_outlives_the_process_that_started_a_training(tmp_path: Path) -> None:
     (cell,) = plan(tmp_path, "p")
     program = (
-        "import sys; from pathlib import Path; from tests.ablation.test_cells import plan, train\n"
+        "import sys; from pathlib import Path\n"
+        "from tests.studio.ablation.test_cells import plan, train\n"
         "train(plan(Path(sys.argv[1]), 'p'))"
     )
     environment = {**os.environ, "WAIT": "6", "PYTHONPATH": str(ROOT)}

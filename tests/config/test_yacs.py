@@ -27,7 +27,7 @@ from contrast_d2.backbones import without_starting_weights
 from contrast_d2.config.yacs import ReadKeys, load_yacs, tree_from_yacs
 from contrast_d2.evaluation.runs import load_saved_config
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CAMVID = ROOT / "configs/camvid"
 FILES = [p for p in sorted((ROOT / "configs").rglob("*.yaml")) if p.parent.name != "ablations"]
 PAIRS = [path for path in FILES if path.with_suffix(".py").exists()]

@@ -18,7 +18,7 @@ from contrast_d2.studio.analysis import (
     inference_differences,
 )
 
-from .tiny import CHANNELS, NUM_CLASSES, tiny_contrast, tiny_segmentor
+from ..tiny import CHANNELS, NUM_CLASSES, tiny_contrast, tiny_segmentor
 
 # Padded to 64x96.
 SIZE = (60, 90)

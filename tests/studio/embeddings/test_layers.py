@@ -8,7 +8,7 @@ import torch
 from contrast_d2.contrast import ContrastSum
 from contrast_d2.studio.embeddings import LayerTap, projection_heads
 
-from ..tiny import tiny_contrast, tiny_segmentor
+from ...tiny import tiny_contrast, tiny_segmentor
 
 IMAGE = {"image": torch.randint(0, 256, (3, 45, 70), generator=torch.Generator().manual_seed(0))}
 

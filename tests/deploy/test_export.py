@@ -14,7 +14,7 @@ from contrast_d2.deploy import export
 from contrast_d2.segmentor import ContrastiveSegmentor
 from contrast_d2.structures import SegOutput
 
-from .tiny import NUM_CLASSES, tiny_contrast, tiny_segmentor
+from ..tiny import NUM_CLASSES, tiny_contrast, tiny_segmentor
 
 
 def small(contrast: nn.Module | None = None) -> ContrastiveSegmentor:
