@@ -74,7 +74,8 @@ def test_all_terms_break_the_graph_once(projection: str, scales: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("projection", "fixed_size"), [("dense", False), ("batch", True), ("layer", False)]
+    ("projection", "fixed_size"),
+    [("dense", False), ("batch", True), pytest.param("layer", False, marks=pytest.mark.slow)],
 )
 def test_losses_and_gradients_are_those_of_the_eager_model(
     projection: str, fixed_size: bool

@@ -36,6 +36,7 @@ def test_shapes_of_a_subset_are_in_order_from_fine_to_coarse() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_maps_of_a_wide_image(subtests: pytest.Subtests) -> None:
     for name, channels in TIMM_SHAPES.items():
         with subtests.test(name=name, channels=channels):

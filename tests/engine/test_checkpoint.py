@@ -204,6 +204,7 @@ def found_by_all(folder: str) -> tuple[str, str]:
     return found, ""
 
 
+@pytest.mark.slow
 def test_all_processes_resume_from_what_the_main_one_finds(folder: Path) -> None:
     answers = run_processes(found_by_all, 2, str(folder))
     assert answers[0] == answers[1]

@@ -166,6 +166,7 @@ def test_a_setting_of_the_environment_is_kept_or_refused(
         compute_deterministically()
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_bit_for_bit(tmp_path: Path) -> None:
     """With other numbers of workers, which finish their samples in another order."""
     weights = [

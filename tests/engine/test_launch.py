@@ -132,6 +132,7 @@ def torchrun_environment(rank: int, port: int) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_processes_of_torchrun_join_its_group(tmp_path: Path) -> None:
     port = free_port()
     ranks = [start("report", tmp_path, **torchrun_environment(rank, port)) for rank in (0, 1)]

@@ -25,7 +25,10 @@ ROOT = Path(__file__).parents[2]
 SHAPES = "configs/shapes/semfpn_r18_ms_cs_demo.py"
 
 
-@pytest.mark.parametrize("config", [SHAPES, "configs/camvid/semfpn_r18_ms_cs_6k.py"])
+@pytest.mark.parametrize(
+    "config",
+    [SHAPES, pytest.param("configs/camvid/semfpn_r18_ms_cs_6k.py", marks=pytest.mark.slow)],
+)
 def test_it_trains_resumes_and_evaluates(
     config: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

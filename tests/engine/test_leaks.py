@@ -66,6 +66,7 @@ def growth(step: Callable[[], object]) -> tuple[int, int]:
     return blocks, tensors
 
 
+@pytest.mark.slow
 def test_growth_is_seen() -> None:
     kept: list = []
     blocks, tensors = growth(lambda: kept.append([object(), torch.zeros(1)]))

@@ -284,6 +284,7 @@ def _evaluate_share(folder: str) -> None:
         assert (results is None) == (rank == 1)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(make_dataset, tmp_path):
     labels = _distributed_labels()
     name = make_dataset(labels, CLASSES)

@@ -76,6 +76,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, variants) -> None:
         summarize_runs({"base": [variants["base"][0]] * 2})
 
 
+@pytest.mark.slow
 def test_the_tool_writes_the_file_and_prints_the_table(variants, tmp_path: Path) -> None:
     output = tmp_path / "results" / "x.json"
     runs = [f"{name}={folder}" for name, folders in variants.items() for folder in folders]

@@ -25,6 +25,7 @@ def label_maps(name: str) -> np.ndarray:
     return np.stack([load_labels(record["sem_seg_file_name"], label_map) for record in records])
 
 
+@pytest.mark.slow
 def test_camvid_scores_are_those_of_a_plain_count(camvid, tmp_path):
     train, val = "camvid_sem_seg_train", "camvid_sem_seg_val"
     output = tmp_path / "results" / "prior.json"

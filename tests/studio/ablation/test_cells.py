@@ -200,6 +200,7 @@ def test_what_another_process_trains_is_left_to_it(tmp_path: Path) -> None:
     assert states(cells) == ["missing", "finished"]
 
 
+@pytest.mark.slow
 def test_the_lock_outlives_the_process_that_started_a_training(tmp_path: Path) -> None:
     (cell,) = plan(tmp_path, "p")
     program = (
