@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Examine the environment: what is installed, what is broken, and the command that mends it.
+"""Examine the environment: what is installed, what is broken, and the command that fixes it.
 
 Usage:
     python tools/doctor.py
@@ -72,13 +72,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
     else:
         print(
-            "\n" + ("all is well" if not errors else f"errors: {errors}; mend the first one first")
+            "\n" + ("all is well" if not errors else f"errors: {errors}; fix the first one first")
         )
     return int(errors > 0)
 
 
 def examine(needs_operators: bool) -> Iterator[Finding]:
-    """Runs all checks, in the order in which what they find is to be mended.
+    """Runs all checks, in the order in which what they find is to be fixed.
 
     Args:
         needs_operators: whether detectron2's compiled operators are asked for.

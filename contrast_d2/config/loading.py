@@ -52,7 +52,7 @@ def import_modules(modules: Sequence[str]) -> None:
         modules: names, also of modules in the current folder, or paths of `.py` files.
 
     Raises:
-        ValueError: there is no such module, or another one goes by its name.
+        ValueError: there is no such module, or another one has its name.
     """
     for module in modules:
         is_file = module.endswith(".py")

@@ -69,7 +69,8 @@ class ContrastSum(nn.Module):
         `contrast/<method>/<term>/<quantity>`."""
         methods: dict[str, ContrastMethod] = {f"{k}/": m for k, m in self.methods.items()}  # pyright: ignore[reportAssignmentType]
         first = next(iter(methods.values()))
-        check_input(features, labels, logits, first.num_classes)
+        heads = [name for method in methods.values() for name in method.projector.heads]
+        check_input(features, heads, labels, logits, first.num_classes)
         done: dict[nn.Module, Tensor] = {}
         maps = {prefix: method.projector(features, done) for prefix, method in methods.items()}
         every = {name: x for of_method in maps.values() for name, x in of_method.items()}

@@ -117,7 +117,7 @@ class ContrastMethod(nn.Module):
                 are not the ignore label raise on the CPU; on a GPU, where the host would have to
                 wait, they are ignored and count in the statistic `contrast/ignored_share`.
         """
-        check_input(features, labels, logits, self.num_classes)
+        check_input(features, self.projector.heads, labels, logits, self.num_classes)
         logits = None if logits is None else logits.detach()
         maps = self.projector(features)
         batch = Batch(maps, labels, logits, generator, self.across_processes)
@@ -186,17 +186,21 @@ def compute(
         ignore_label: as in `ContrastMethod.forward`.
         inspection: to fill, or None.
     """
+    num_classes = next(iter(methods.values())).num_classes
+    feature = next(iter(batch.maps))
+    if batch.labels.device.type == "cpu":
+        check_labels(batch.label_map(feature), num_classes, ignore_label)
+    if 0 <= ignore_label < num_classes:  # what is no class is ignored everywhere
+        labels = batch.labels.masked_fill(batch.labels == ignore_label, num_classes)
+        batch = Batch(batch.maps, labels, batch.logits, batch.generator, batch.across_processes)
     batches = {prefix: batch.with_maps(maps[prefix]) for prefix in methods}
     if inspection is not None:
         inspection.begin(batch)
     terms: list[Term | OwnTerm] = []
     losses: dict[str, Tensor] = {}
-    num_classes = next(iter(methods.values())).num_classes
-    label_map = batch.label_map(next(iter(batch.maps)))
+    label_map = batch.label_map(feature)
     known = (label_map >= 0) & (label_map < num_classes)
     statistics = {"contrast/ignored_share": 1 - known.float().mean()}
-    if label_map.device.type == "cpu":
-        check_labels(label_map, num_classes, ignore_label)
     for prefix, method in methods.items():
         if method.memory is not None:
             statistics[f"contrast/{prefix}bank_fill"] = method.memory.fill_fraction()
@@ -229,9 +233,13 @@ def connected_zero(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def check_input(
-    features: Mapping[str, Tensor], labels: Tensor, logits: Tensor | None, num_classes: int
+    features: Mapping[str, Tensor],
+    names: Iterable[str],
+    labels: Tensor,
+    logits: Tensor | None,
+    num_classes: int,
 ) -> None:
-    """Raises ValueError where features, labels and class scores do not go together."""
+    """Raises ValueError where the named features, labels and class scores do not go together."""
     if not isinstance(features, Mapping):
         raise ValueError(
             f"features: a {type(features).__name__}; needs a dict of feature maps by name, such as "
@@ -242,7 +250,8 @@ def check_input(
             f"labels: a {tuple(labels.shape)} tensor of {labels.dtype}; needs (B, H, W) integer "
             "classes. One-hot labels become that by argmax(dim=1)."
         )
-    tensors = {f"features[{name!r}]": x for name, x in features.items()}
+    # Others may be anything; that one is missing is told by the projector.
+    tensors = {f"features[{name!r}]": features[name] for name in names if name in features}
     if logits is not None:
         tensors["logits"] = logits
         if logits.dim() == 4 and logits.shape[1] != num_classes:

@@ -335,10 +335,23 @@ def test_wrong_input_is_named() -> None:
         with pytest.raises(ValueError, match=message):
             method(*batch)
     assert method(features, unknown, scores, ignore_label=K + 2).losses
+    assert method({**features, "pooled": torch.zeros(2, 9)}, labels, scores).losses
     with pytest.raises(ValueError, match="layer.1"):
         ms_cs({"layer.1": 8}, K)
     with pytest.raises(ValueError, match="'res6'.*'res5'"):
         ms_cs(CHANNELS, K, scale_weights={"res6": 1.0})
+
+
+def test_a_class_can_be_the_ignored_label(name: str) -> None:
+    features, labels, scores = random_batch()
+    labels = labels.to(torch.uint8)
+    void = torch.where(labels == 1, 255, labels).to(torch.uint8)
+    expected = run(build(name), (features, void, scores))
+    generator = torch.Generator().manual_seed(1)
+    as_one = torch.where(void == 255, 1, void).to(torch.uint8)
+    output = build(name)(features, as_one, scores, ignore_label=1, generator=generator)
+    torch.testing.assert_close(output.losses, expected.losses)
+    torch.testing.assert_close(output.statistics, expected.statistics, equal_nan=True)
 
 
 def test_presets_take_any_maps() -> None:

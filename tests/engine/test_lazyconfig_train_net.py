@@ -55,7 +55,7 @@ def test_it_trains_resumes_and_evaluates(
     default_setup(cfg, args)
     evaluated = []
 
-    def test(model: torch.nn.Module) -> dict:
+    def evaluate(model: torch.nn.Module) -> dict:
         loader, evaluator = instantiate(cfg.dataloader.test), instantiate(cfg.dataloader.evaluator)
         evaluated.append(inference_on_dataset(model, loader, evaluator))
         return evaluated[-1]
@@ -77,7 +77,7 @@ def test_it_trains_resumes_and_evaluates(
                 hooks.IterationTimer(),
                 hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
                 hooks.PeriodicCheckpointer(checkpointer, **cfg.train.checkpointer),
-                hooks.EvalHook(cfg.train.eval_period, lambda: test(model)),
+                hooks.EvalHook(cfg.train.eval_period, lambda: evaluate(model)),
                 hooks.PeriodicWriter(
                     default_writers(cfg.train.output_dir, cfg.train.max_iter),
                     period=cfg.train.log_period,

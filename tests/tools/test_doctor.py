@@ -1,4 +1,4 @@
-"""tools/doctor.py: each known breakage is named with what mends it."""
+"""tools/doctor.py: each known breakage is named with what fixes it."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Finding(NamedTuple):
     training or evaluating fails."""
     text: str
     command: str | None = None
-    """What mends it, to be pasted into a shell."""
+    """What fixes it, to be pasted into a shell."""
 
 
 class Answer(NamedTuple):

@@ -25,7 +25,7 @@ class Finding(NamedTuple):
     text: str
     """What is found, in sentences."""
     fix: str = ""
-    """What mends it: an entry of a file, a command, or what to do by hand."""
+    """What fixes it: an entry of a file, a command, or what to do by hand."""
     files: tuple[str, ...] = ()
     """The files that show it, all of them."""
 

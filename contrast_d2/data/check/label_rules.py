@@ -26,8 +26,8 @@ class LabelScheme(NamedTuple):
     id_to_class: Mapping[int, int]
     """Value to class."""
     void_ids: Sequence[int]
-    mend: str
-    """The file or the command that mends a value which means something else."""
+    fix_in: str
+    """The file or the command that fixes a value which means something else."""
     is_folder: bool
     """Whether that is a ``dataset.json``."""
 
@@ -148,7 +148,7 @@ def _palettes(pairs: Sequence[PairFacts], scheme: LabelScheme) -> Iterator[Findi
         yield warning(
             "By their palette, indices of the label files are other classes than by their value: "
             f"{_pairs(wrong)}. The value counts.",
-            f"Correct the ids or the colours in {scheme.mend}, if the colours are right."
+            f"Correct the ids or the colours in {scheme.fix_in}, if the colours are right."
             if scheme.is_folder
             else "",
             files,
@@ -168,9 +168,9 @@ def _values(pairs: Sequence[PairFacts], scheme: LabelScheme) -> Iterator[Finding
     text = f"The label files hold {_count_of_values(illegal)} that no class has: {listed(rows)}."
     guess, entries = _guess(pixels, illegal, scheme)
     if scheme.is_folder:
-        fix = f"In {scheme.mend}: {entries}"
+        fix = f"In {scheme.fix_in}: {entries}"
     else:
-        fix = f"These are other label files than the dataset's: {scheme.mend}"
+        fix = f"These are other label files than the dataset's: {scheme.fix_in}"
     bad = set(illegal)
     files = [pair.label_file for pair in pairs if not bad.isdisjoint(pair.label.counts)]
     yield error(f"{text} {guess}".strip(), fix, files)
@@ -219,7 +219,7 @@ def _void(pairs: Sequence[PairFacts], scheme: LabelScheme) -> Iterator[Finding]:
         yield warning(
             f"The only values are 0 and 255, which is void: nothing but "
             f"{scheme.names[scheme.id_to_class[0]]!r} is ever learnt. Is 255 the foreground?",
-            f'In {scheme.mend}: give the foreground\'s class "ids": [255] and write "void_ids": [].'
+            f'In {scheme.fix_in}: give its class "ids": [255] and write "void_ids": [].'
             if scheme.is_folder
             else "",
         )
@@ -252,7 +252,7 @@ def _absent(pairs: Sequence[PairFacts], scheme: LabelScheme) -> Iterator[Finding
         yield warning(
             f"{counted(len(nowhere), 'class', 'classes')} of {len(scheme.names)} never occur: "
             f"{listed(nowhere)}.",
-            f"Remove them from {scheme.mend}, or correct their ids." if scheme.is_folder else "",
+            f"Remove them from {scheme.fix_in}, or correct their ids." if scheme.is_folder else "",
         )
     for split, classes in present.items():
         if missing := [scheme.names[k] for k in ids if k in everywhere and k not in classes]:

@@ -192,7 +192,7 @@ def _scheme(name: str, label_map: LabelMap) -> LabelScheme:
         colors=tuple(tuple(color) for color in metadata.get("stuff_colors", ())),
         id_to_class=dict(label_map.id_to_class),
         void_ids=tuple(label_map.void_ids),
-        mend=os.path.join(folder, FILE_NAME) if folder else _prepare_hint(name),
+        fix_in=os.path.join(folder, FILE_NAME) if folder else _prepare_hint(name),
         is_folder=bool(folder),
     )
 
