@@ -149,8 +149,8 @@ class ContrastMethod(nn.Module):
                 sets[i][feature] = PixelSet(part, draw.labels, draw.class_counts, feature, draw)
         return sets
 
-    def is_warming_up(self) -> bool:
-        """Whether this step goes without contrast; counts the step."""
+    def count_step(self) -> bool:
+        """Counts a step, and says whether it goes without contrast."""
         if self.warmup_iters == 0:
             return False
         if self._host_passes is None:
@@ -206,7 +206,7 @@ def compute(
             statistics[f"contrast/{prefix}bank_fill"] = method.memory.fill_fraction()
             if inspection is not None:
                 inspection.see_memory(prefix, method.memory)
-        if method.is_warming_up():
+        if method.count_step():
             zero = connected_zero([*maps[prefix].values(), *method.parameters()])
             losses.update({loss_name(prefix + name): zero for name in method.names})
             continue

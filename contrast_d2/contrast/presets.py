@@ -54,7 +54,7 @@ def ms_cs(
         embed_dim, norm, projection: as in `MultiScaleProjector`.
         across_processes: as in `ContrastMethod`.
 
-    Reference: Pissas et al., ECCV 2022, sections 3.2 to 3.4 and 4.2.
+    Reference: Pissas et al., ECCV 2022, sections 3.2 to 3.4 and 4.1.
     """
     return MultiScaleContrast(
         MultiScaleProjector(channels, embed_dim, num_hidden=2, norm=norm, projection=projection),
@@ -121,14 +121,15 @@ def pixel_contrast(
         num_classes: K.
         feature: which map, where `channels` has several.
         weight: as in `PixelContrast`.
-        temperature: 0.1 on Cityscapes, 0.07 on other data sets.
+        temperature: the paper's; the official configurations for PASCAL-Context and COCO-Stuff
+            have 0.07.
         max_anchors: of the whole batch.
         warmup_iters: iterations without contrast; of 40,000 the official code has 5000.
         memory, pairs, negatives: as in `PixelContrast`.
         embed_dim: as in `MultiScaleProjector`.
         across_processes: as in `ContrastMethod`.
 
-    Reference: Wang et al., ICCV 2021, sections 3.2 and 4.1; weight and warm-up from its official
+    Reference: Wang et al., ICCV 2021, sections 3.2 and 3.3; weight and warm-up from its official
         code.
     """
     return PixelContrast(
@@ -201,7 +202,7 @@ def contextrast(
         embed_dim, num_hidden: as in `MultiScaleProjector`.
         across_processes: as in `ContrastMethod`.
 
-    Reference: Sung et al., CVPR 2024, sections 3 and 4.1.
+    Reference: Sung et al., CVPR 2024.
     """
     if layers is None:
         layers = dict(zip(channels, (0.1, 0.4, 0.7, 1.0), strict=False))
