@@ -22,6 +22,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 
+# Seconds that a process which fails after another waits to be stopped by its launcher.
+_PATIENCE = 30.0
+
+
 class JobError(Exception):
     """One line for the user, on its way from a process to the launcher that has started it."""
 
@@ -97,12 +101,15 @@ def run_process(main: Callable[..., Any], *args: Any) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.get_local_size()))
     try:
         main(*args)
-    except SystemExit as error:
-        if not isinstance(error.code, str):
-            raise
-        raise JobError(_with_rank(error.code)) from None
-    finally:
-        leave_groups()
+    except BaseException as error:
+        if not _is_first_to_fail():
+            # What this process met may be a consequence. Its launcher stops it, unless the first
+            # failure was on another machine.
+            threading.Event().wait(_PATIENCE)
+        if isinstance(error, SystemExit) and isinstance(error.code, str):
+            raise JobError(_with_rank(error.code)) from None
+        raise
+    leave_groups()
 
 
 def tell_failure(error: ProcessRaisedException | ProcessExitedException) -> str:
@@ -138,8 +145,7 @@ def join_torchrun(main: Callable[..., Any], *args: Any, timeout: timedelta) -> N
         if not isinstance(error.code, str):
             raise
         # The first to fail tells what all may have to tell.
-        first = dist.distributed_c10d._get_default_store().add("contrast_d2/failed", 1) == 1
-        raise SystemExit(_with_rank(error.code) if first else 1) from None
+        raise SystemExit(_with_rank(error.code) if _is_first_to_fail() else 1) from None
     finally:
         leave_groups()
 
@@ -157,6 +163,14 @@ def leave_groups() -> None:
     comm._get_global_gloo_group.cache_clear()
     gc.collect()
     dist.destroy_process_group()
+
+
+def _is_first_to_fail() -> bool:
+    """Whether no process of the job has failed before this one, as their common store knows."""
+    try:
+        return dist.distributed_c10d._get_default_store().add("contrast_d2/failed", 1) == 1
+    except (RuntimeError, ValueError):  # the process that kept it is gone, or there is no group
+        return False
 
 
 def _needs_gpus() -> bool:
