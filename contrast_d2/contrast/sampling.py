@@ -304,6 +304,9 @@ def count_pixels(label_map: Tensor, num_classes: int) -> Tensor:
     return counts.view(len(label_map), -1)[:, :-1].T
 
 
+_KEY_TYPES = (torch.uint8, torch.int16, torch.int32)
+
+
 class SortedPixels(NamedTuple):
     """The pixels of a label map by group, on any device.
 
@@ -330,13 +333,12 @@ def sort_pixels(label_map: Tensor, num_classes: int, halves: Tensor | None = Non
     """
     num_keys = num_classes if halves is None else 2 * num_classes
     # The sort is the largest cost, and it depends on the bytes of the keys.
-    dtype = next(
-        x for x in (torch.uint8, torch.int16, torch.int32) if num_keys < torch.iinfo(x).max
-    )
+    dtype = next(x for x in _KEY_TYPES if num_keys < torch.iinfo(x).max)
     keys = label_map
     if keys.dtype != torch.uint8:
         keys = keys.masked_fill(keys < 0, num_classes)
-    keys = keys.clamp(max=num_classes).to(dtype)  # the ignored ones come last
+    most = min(num_classes, torch.iinfo(keys.dtype).max)
+    keys = keys.clamp(max=most).to(dtype)  # the ignored ones come last
     if halves is not None:
         keys = (keys * 2 + halves).clamp_(max=num_keys)
     keys = keys.flatten(1)
