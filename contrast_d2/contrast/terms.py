@@ -15,6 +15,7 @@ Shape letters: A anchors, C contrast samples, D embedding width, K classes, R an
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
@@ -25,8 +26,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from .grouped import grouped_info_nce, is_available
 from .info_nce_sorted import is_exact, sorted_info_nce
-from .info_nce_triton import is_available, triton_info_nce
 from .sets import (
     ClassSums,
     KernelResult,
@@ -187,20 +188,11 @@ def evaluate(
     processes = world_size() if across_processes else 1
     own = [term for term in terms if isinstance(term, Term)]
     sides = _sides_of_all(own) if processes > 1 else [term.contrast for term in own]
-    sums = [_info_nce(term, contrast) for term, contrast in zip(own, sides, strict=True)]
-    counts = [_count(term, valid) for term, (_, valid) in zip(own, sums, strict=True)]
-    if processes > 1 and counts:
-        all_counts = torch.stack(counts)
-        dist.all_reduce(all_counts)
-        counts = list(all_counts)
-    shares = {
-        term.name: (total / count.clamp(min=1)).to(term.anchors.embeddings.dtype)
-        for term, (total, _), count in zip(own, sums, counts, strict=True)
-    }
+    losses = _losses(own, sides, processes)
     statistics = _statistics(own, sides, num_classes)
     for term in terms:
         if isinstance(term, OwnTerm):
-            shares[term.name] = term.share
+            losses[term.name] = term.weight * processes * term.share
             statistics[term.name] = dict(term.statistics)
     if observer is not None:
         for term, contrast in zip(own, sides, strict=True):
@@ -208,10 +200,8 @@ def evaluate(
         for term in terms:
             if isinstance(term, OwnTerm):
                 observer.see_own_term(term)
-    # The shares add up to the loss times the number of processes, by which DistributedDataParallel
-    # divides the gradients, and the trainer the losses that it logs.
     return ContrastOutput(
-        {loss_name(term.name): term.weight * processes * shares[term.name] for term in terms},
+        {loss_name(term.name): losses[term.name] for term in terms},
         {
             f"contrast/{term.name}/{quantity}": value.detach()
             for term in terms
@@ -289,9 +279,10 @@ def info_nce(
         raise ValueError("contrast, contrast_labels and anchors_lead_contrast go together.")
     else:
         everything = None
-    total, valid = _sum_of_losses(
-        PixelSet(anchors, labels), everything, temperature, anchors_lead_contrast, pairs
-    )
+    own = PixelSet(anchors, labels)
+    leads = everything is None or anchors_lead_contrast
+    term = Term("", own, [Side(own if leads else everything)], temperature, pairs=pairs)
+    ((total, valid),) = _sums_of_losses([term], [[Side(everything or own)]])
     count = (labels >= 0).sum() if count_empty_anchors else valid
     return (total / count.clamp(min=1)).to(at_least_fp32(anchors).dtype)
 
@@ -317,8 +308,58 @@ def _sides_of_all(terms: Sequence[Term]) -> list[Sequence[Side]]:
     ]
 
 
+def _losses(
+    terms: Sequence[Term], sides: Sequence[Sequence[Side]], processes: int
+) -> dict[str, Tensor]:
+    """The weighted losses by term, in a few operations for all.
+
+    Those of all processes add up to the loss times their number, by which DistributedDataParallel
+    divides the gradients, and the trainer the losses that it logs.
+    """
+    if not terms:
+        return {}
+    totals, valid = zip(*_sums_of_losses(terms, sides), strict=True)
+    counts = [
+        ((term.anchors.labels >= 0).sum() if term.count_empty else number).float()
+        for term, number in zip(terms, valid, strict=True)
+    ]
+    counts = torch.stack(counts)
+    if processes > 1:
+        dist.all_reduce(counts)
+    means = torch.stack(totals) / counts.clamp(min=1)
+    weights = torch.tensor(
+        [term.weight * processes for term in terms],
+        dtype=means.dtype,
+        pin_memory=means.is_cuda,
+    )
+    losses = means * weights.to(means.device, non_blocking=True)
+    return {
+        term.name: loss.to(at_least_fp32(term.anchors.embeddings).dtype)
+        for term, loss in zip(terms, losses.unbind(), strict=True)
+    }
+
+
+def _sums_of_losses(
+    terms: Sequence[Term], sides: Sequence[Sequence[Side]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Per term the sum over its anchors of the mean loss over their positives, and their number."""
+    together = [
+        term.pairs is None and is_available(term.anchors.embeddings, term.temperature)
+        for term in terms
+    ]
+    grouped = iter(
+        grouped_info_nce(
+            *(list(itertools.compress(values, together)) for values in (terms, sides))
+        )
+    )
+    return [
+        next(grouped) if chosen else _info_nce(term, contrast)
+        for term, contrast, chosen in zip(terms, sides, together, strict=True)
+    ]
+
+
 def _info_nce(term: Term, sides: Sequence[Side]) -> tuple[Tensor, Tensor]:
-    """Sum over the anchors of a term of the mean loss over their positives, and their number."""
+    """As `_sums_of_losses`, of one term."""
     contrast, pairs = joined_sets([side.set for side in sides]), term.pairs
     if any(side.role != "both" for side in sides):
         pairs = _by_role(sides)
@@ -343,11 +384,6 @@ def _by_role(sides: Sequence[Side]) -> PairSelector:
     return select
 
 
-def _count(term: Term, valid: Tensor) -> Tensor:
-    """Number of anchors of this process that the mean of a term runs over, 0-dim."""
-    return ((term.anchors.labels >= 0).sum() if term.count_empty else valid).float()
-
-
 def _sum_of_losses(
     anchors: PixelSet,
     contrast: PixelSet | None,
@@ -357,15 +393,13 @@ def _sum_of_losses(
 ) -> tuple[Tensor, Tensor]:
     """As `_info_nce`, by the kernel for such sets; None contrasts the anchors with each other.
 
-    A Triton kernel on CUDA; on the CPU one that sorts by class; and plain PyTorch for all else:
-    fp64 on CUDA, GPUs without Triton, on the CPU temperatures below about 0.03, chosen pairs.
+    On the CPU one that sorts by class; and plain PyTorch for all else: fp64 on CUDA, GPUs without
+    Triton, temperatures below about 0.03, chosen pairs.
     """
     rows, samples = at_least_fp32(anchors.embeddings), anchors if contrast is None else contrast
     kernel: Callable[..., KernelResult] = masked_info_nce
     if pairs is not None:
         kernel = partial(masked_info_nce, pairs=pairs)
-    elif rows.dtype == torch.float32 and is_available(rows):
-        kernel = triton_info_nce
     elif rows.device.type == "cpu" and is_exact(temperature, len(samples.labels)):
         kernel = sorted_info_nce
 
