@@ -24,7 +24,6 @@ Shape letters: S sets, N rows of one, D embedding width, T terms.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from math import e, log2
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 
 # Sets begin at multiples of this, which every block and tile divides.
 _ALIGN = 128
-# Programs per multiprocessor: enough to even out the last round, and few enough for what they write.
+# Programs per multiprocessor: enough to even out the last round, and few for what they write.
 _PROGRAMS_PER_PROCESSOR = 4
 _MAX_WIDTH = 512
 # Below, the sum of e^(s - 1/temperature) leaves the range of fp32.
@@ -78,6 +77,8 @@ class Variant(NamedTuple):
     @property
     def constants(self) -> dict[str, Any]:
         """Arguments that are compiled into the kernel."""
+        if self.kernel == "coefficients":
+            return {}
         values: dict[str, Any] = {"WIDTH": self.width}
         if self.kernel != "add_up":
             values["SPLIT"] = self.split
@@ -88,49 +89,73 @@ class Variant(NamedTuple):
                 values["OUT"] = shape.out
         return values
 
+    @property
+    def options(self) -> dict[str, int]:
+        """What else its compilation depends on."""
+        if self.shape is None:
+            return {}
+        return {"num_warps": self.shape.warps, "num_stages": self.shape.stages}
+
+
+# On Hopper, by kernel, split and width: for little work and for much.
+_HOPPER = {
+    ("negatives", False): {
+        64: [Shape(64, 64, 64, 64, 4), Shape(128, 128, 64, 64, 8)],
+        128: [Shape(64, 64, 128, 128, 4), Shape(128, 128, 128, 128, 8)],
+        256: [Shape(64, 64, 256, 256, 4), Shape(128, 128, 256, 256, 8)],
+        512: [Shape(64, 64, 64, 512, 4), Shape(128, 128, 64, 512, 8, 3)],
+    },
+    ("negatives", True): {
+        64: [Shape(64, 64, 64, 64, 4), Shape(128, 128, 64, 64, 8)],
+        128: [Shape(64, 64, 128, 128, 4), Shape(128, 128, 128, 128, 8)],
+        256: [Shape(64, 64, 256, 256, 4), Shape(128, 64, 64, 256, 8, 3)],
+        512: [Shape(64, 64, 64, 512, 4), Shape(128, 128, 64, 512, 8, 3)],
+    },
+    ("gradient", False): {
+        64: [Shape(64, 64, 64, 64, 4), Shape(128, 64, 64, 64, 8)],
+        128: [Shape(64, 64, 128, 128, 4), Shape(128, 64, 128, 128, 8)],
+        256: [Shape(64, 32, 256, 256, 4), Shape(128, 64, 256, 256, 8)],
+        512: [Shape(64, 32, 64, 256, 4), Shape(128, 32, 64, 256, 8)],
+    },
+    ("gradient", True): {
+        64: [Shape(64, 64, 64, 64, 4), Shape(128, 64, 64, 64, 8)],
+        128: [Shape(64, 32, 128, 128, 4), Shape(128, 32, 128, 128, 8)],
+        256: [Shape(64, 32, 64, 128, 4), Shape(128, 32, 256, 256, 8)],
+        512: [Shape(64, 32, 64, 128, 4), Shape(128, 32, 64, 128, 8)],
+    },
+}
+
 
 def shapes(kernel: str, width: int, split: bool, capability: tuple[int, int]) -> list[Shape]:
-    """The shapes of a kernel, for little work and for much.
+    """The shapes of a kernel, for little work and for much, or one for both.
 
-    All of them were compiled, and no register is spilled. One warp owns 16 rows, whose weights then
-    stay in its registers.
+    No register is spilled in any of them. A warp owns 16 rows, whose weights then stay in its
+    registers.
 
     Args:
         kernel: "negatives", "positives" or "gradient".
         width: of the rows, a power of two.
         split: whether rows stand in two parts.
-        capability: of the GPU. Those of data centres since Hopper have 227 KB of shared memory; the
-            shapes for others keep to 99 KB.
+        capability: of the GPU. Those of data centres since Hopper (9, 10) have 227 KB of shared
+            memory for a program; others are given shapes that keep to 99 KB.
     """
-    if capability[0] not in (9, 10):
-        piece = min(width, 64 if split or width > 128 else 128)
-        if kernel == "gradient":
-            out, piece = min(width, 128 if split else 256), min(piece, 32 if split else 64)
-            return [Shape(64, 32, piece if out < width or split else width, out, 4)]
-        return [Shape(64, 32 if kernel == "positives" else 64, piece, width, 4)]
+    data_centre = capability[0] in (9, 10)
+    piece, out = min(width, 64), min(width, 128)
     if kernel == "positives":
-        piece = 64 if width == 512 else width
-        return [Shape(64, 32 if split and width > 128 else 64, piece, width, 4)]
+        return [Shape(64, 64 if data_centre and not split else 32, piece, width, 4)]
+    if capability[0] == 9:
+        return _HOPPER[kernel, split][width]
     if kernel == "negatives":
-        small = Shape(64, 64, 64 if width == 512 else width, width, 4)
-        large = Shape(128, 128, width, width, 8)
-        if width == 512:
-            large = large._replace(piece=64, stages=3)
-        elif split and width == 256:
-            large = large._replace(columns=64, piece=64, stages=3)
-        return [small, large]
-    if width == 512:
-        out = 128 if split else 256
-        return [Shape(64, 32, 64, out, 4), Shape(128, 32, 64, out, 8)]
-    few = 32 if width == 256 or (split and width == 128) else 64
-    small = Shape(64, few, width, width, 4)
-    if split and width == 256:
-        small = Shape(64, 32, 64, 128, 4)
-    return [small, Shape(128, 32 if split and width > 64 else 64, width, width, 8)]
+        few, many = Shape(64, 64, piece, width, 4), Shape(128, 64, piece, width, 8)
+    else:
+        if split and not data_centre and width > 64:
+            piece = 32
+        few, many = Shape(64, 32, piece, out, 4), Shape(128, 32, piece, out, 8)
+    return [few, many] if data_centre else [few]
 
 
 def variants(capability: tuple[int, int]) -> list[Variant]:
-    """Everything that is ever compiled for a GPU, but for `coefficients`, which has one form."""
+    """Everything that is ever compiled for a GPU."""
     found = []
     for width in (64, 128, 256, 512):
         for split in (False, True):
@@ -139,7 +164,7 @@ def variants(capability: tuple[int, int]) -> list[Variant]:
                 for shape in shapes(kernel, width, split, capability):
                     found.append(Variant(kernel, width, split, shape))
         found.append(Variant("add_up", width, False, None))
-    return found
+    return [*found, Variant("coefficients", 0, False, None)]
 
 
 def is_available(embeddings: Tensor, temperature: float) -> bool:
@@ -213,7 +238,7 @@ class _GroupedInfoNCE(Function):
     @staticmethod
     def backward(ctx, d_totals: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("info_nce")
-        return None, *ctx.run.backward(d_totals.contiguous(), *ctx.saved_tensors[:5])
+        return None, *ctx.run.backward(d_totals.contiguous(), *ctx.saved_tensors[:6])
 
 
 class _Visit(NamedTuple):
@@ -251,9 +276,7 @@ class _Plan:
         split: whether rows stand in two parts.
     """
 
-    def __init__(
-        self, terms: Sequence[Term], sides: Sequence[Sequence[Side]], width: int
-    ) -> None:
+    def __init__(self, terms: Sequence[Term], sides: Sequence[Sequence[Side]], width: int) -> None:
         self.sets: list[PixelSet] = []
         numbers: dict[tuple[int, int], int] = {}
 
@@ -342,20 +365,25 @@ def _cut(
         sizes: (S,) rows of each set.
         owners: (owners,) number of the set that visits.
         visits: in the order of their owners.
-        shapes: for little work and for much; the last one that makes work for all programs.
+        shapes: for little work and, if it leaves enough for all programs, for much.
         programs: how many there should be, at least.
         results_per_row: numbers that a program writes for each of its rows.
     """
     table = np.array(visits, dtype=np.int64).reshape(-1, 6)
     table = table[sizes[table[:, 1]] > 0]
     owner = table[:, 0]
-    for shape in reversed(shapes):
+
+    def tiles_of(shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tiles of each visit, and those of each owner for each of its blocks."""
         tiles = -(-sizes[table[:, 1]] // shape.columns)
         lengths = np.bincount(owner, weights=tiles, minlength=len(owners)).astype(np.int64)
-        blocks = -(-sizes[owners] // shape.rows)
-        total = int(lengths @ blocks)
-        if total >= programs:
-            break
+        return tiles, lengths, -(-sizes[owners] // shape.rows)
+
+    few, many = shapes[0], shapes[-1]
+    _, lengths, blocks = tiles_of(many)
+    shape = many if lengths @ blocks >= programs else few
+    tiles, lengths, blocks = tiles_of(shape)
+    total = int(lengths @ blocks)
     length = max(1, total // programs)
     shares = -(-lengths // length)
     # The blocks of rows that visit the same tiles stand together, which then stay in the cache.
@@ -411,7 +439,8 @@ class _Run:
 
     Attributes:
         in_place: for each set, whether it is read where it lies.
-        buffers: what the backward pass needs: table, rows, labels, their ranges, coefficients.
+        buffers: what the backward pass needs: table, rows, labels, their ranges,
+            coefficients, and the bounds of what they say.
     """
 
     def __init__(
@@ -507,6 +536,7 @@ class _Run:
             _empty(self.device, (self.num_rows,), torch.int32),
             _empty(self.device, (self.num_rows // 16,), torch.int32),
             _empty(self.device, (3, self.num_weights)),
+            _empty(self.device, (self.num_terms,)),
         )
 
     def _plan_sums(self, table: _Table, needs_gradient: Sequence[bool]) -> None:
@@ -524,81 +554,38 @@ class _Run:
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """(T,) totals and valid anchors."""
-        table, _, labels, ranges, weights = self.buffers
+        table, _, labels, ranges, weights, steepest = self.buffers
         sums = _empty(self.device, (self.negatives.size,))
         found = _empty(self.device, (self.positives.size,))
         results = _empty(self.device, (2, self.num_terms))
-        launch = partial(_launch, table)
-        launch("pack", self.num_packed, self._variant("pack"), self.packed_at, labels, ranges)
-        negatives_at, positives_at, _ = self.works_at
-        for name, work, places, outputs in (
-            ("negatives", self.negatives, negatives_at, (sums,)),
-            ("positives", self.positives, positives_at, (sums, found)),
-        ):
-            launch(
-                name,
-                len(work.programs),
-                self._variant(name, work.shape),
-                *places,
-                self.terms_at,
-                labels,
-                ranges,
-                *outputs,
-            )
-        launch(
-            "coefficients",
-            self.num_terms,
-            None,
-            self.terms_at,
-            sums,
-            found,
-            weights,
-            results,
-            self.num_weights,
-            self.num_terms,
+        sets = self.terms_at, labels, ranges
+        self._launch(table, "pack", (self.num_packed,), None, self.packed_at, labels, ranges)
+        work, places = self.negatives, self.works_at[0]
+        self._launch(table, "negatives", (len(work.programs),), work.shape, *places, *sets, sums)
+        work, places = self.positives, self.works_at[1]
+        self._launch(
+            table, "positives", (len(work.programs),), work.shape, *places, *sets, sums, found
+        )
+        outputs = weights, steepest, results, self.num_weights, self.num_terms
+        self._launch(
+            table, "coefficients", (self.num_terms,), None, self.terms_at, sums, found, *outputs
         )
         self._sources = ()
         return results[0], results[1]
 
-    def backward(
-        self,
-        d_totals: Tensor,
-        table: Tensor,
-        copies: Tensor,
-        labels: Tensor,
-        ranges: Tensor,
-        weights: Tensor,
-    ) -> list[Tensor | None]:
+    def backward(self, d_totals: Tensor, *buffers: Tensor) -> list[Tensor | None]:
         """The gradients of the embeddings of each set, (N, D); None where not needed."""
-        del copies  # which the table points to
-        work, shape = self.gradient, self.gradient.shape
+        table, _, labels, ranges, weights, steepest = buffers
+        work = self.gradient
         shares = _empty(self.device, (work.size, self.width))
         sizes = np.where(self.needs_gradient, self.sizes, 0) * self.embed_dim
         gradients = _empty(self.device, (int(sizes.sum()),))
-        _launch(
-            table,
-            "gradient",
-            (len(work.programs), self.width // shape.out),
-            self._variant("gradient", shape),
-            *self.works_at[2],
-            self.terms_at,
-            d_totals,
-            labels,
-            ranges,
-            weights,
-            shares,
-            self.num_weights,
-            self.num_terms,
-        )
-        _launch(
-            table,
-            "add_up",
-            self.num_sums,
-            self._variant("add_up"),
-            self.sums_at,
-            labels,
-            shares,
-            gradients,
+        sets = self.terms_at, d_totals, labels, ranges
+        outputs = weights, steepest, shares, self.num_weights, self.num_terms
+        grid = len(work.programs), self.width // work.shape.out
+        self._launch(table, "gradient", grid, work.shape, *self.works_at[2], *sets, *outputs)
+        self._launch(
+            table, "add_up", (self.num_sums,), None, self.sums_at, labels, shares, gradients
         )
         parts = gradients.split(sizes.tolist())
         return [
@@ -606,27 +593,27 @@ class _Run:
             for part, needed in zip(parts, self.needs_gradient, strict=True)
         ]
 
-    def _variant(self, kernel: str, shape: Shape | None = None) -> Variant:
-        return Variant(kernel, self.width, self.split, shape)
+    def _launch(
+        self,
+        table: Tensor,
+        kernel: str,
+        grid: tuple[int, ...],
+        shape: Shape | None,
+        *arguments: Any,
+    ) -> None:
+        """Launches a kernel, unless there is nothing to do."""
+        if grid[0] == 0:
+            return
+        variant = Variant(kernel, self.width, self.split, shape)
+        # Triton launches on the current device, whichever the tensors are on.
+        with torch.cuda.device_of(table):
+            getattr(kernels, kernel)[grid](
+                table, *arguments, **variant.constants, **variant.options
+            )
 
 
 def _empty(device: torch.device, size: tuple[int, ...], dtype: torch.dtype = torch.float32):
     return torch.empty(size, dtype=dtype, device=device)
-
-
-def _launch(
-    table: Tensor, kernel: str, grid: int | tuple[int, int], variant: Variant | None, *arguments: Any
-) -> None:
-    """Launches a kernel of the table, unless there is nothing to do."""
-    grid = (grid,) if isinstance(grid, int) else grid
-    if grid[0] == 0:
-        return
-    constants = {} if variant is None else variant.constants
-    if variant is not None and variant.shape is not None:
-        constants |= {"num_warps": variant.shape.warps, "num_stages": variant.shape.stages}
-    # Triton launches on the current device, whichever the tensors are on.
-    with torch.cuda.device_of(table):
-        getattr(kernels, kernel)[grid](table, *arguments, **constants)
 
 
 def _is_interpreted() -> bool:

@@ -100,7 +100,15 @@ def _rows(pointer, last, start, first, R: tl.constexpr, WIDTH: tl.constexpr, PIE
 
 
 @_jit
-def _both_parts(rows, start, first, R: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, SPLIT: tl.constexpr):
+def _both_parts(
+    rows,
+    start,
+    first,
+    R: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     high_pointer, low_pointer, last_high, last_low = rows
     high = _rows(high_pointer, last_high, start, first, R, WIDTH, PIECE)
     low = high
@@ -119,7 +127,17 @@ def _products(x_high, x_low, y_high, y_low, products, SPLIT: tl.constexpr):
 
 
 @_jit
-def _cosines(rows, row_start, columns, start, R: tl.constexpr, Q: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr, SPLIT: tl.constexpr):
+def _cosines(
+    rows,
+    row_start,
+    columns,
+    start,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """(R, Q) cosines, piece by piece of the width."""
     products = tl.zeros((R, Q), tl.float32)
     for first in range(0, WIDTH, PIECE):
@@ -145,7 +163,7 @@ def _label_range(ranges, start, R: tl.constexpr):
 
 @_jit
 def pack(table, work_at, labels, ranges, WIDTH: tl.constexpr, SPLIT: tl.constexpr):
-    """Copies 32 rows to fp16, with zeros for padding and for rows that are none, and their labels."""
+    """Copies 32 rows to fp16, with zeros for rows that are none, and their labels."""
     work = table + work_at + tl.program_id(0) * 2
     entry = table + tl.load(work) * 10
     start = _integer(work + 1)
@@ -177,7 +195,20 @@ def pack(table, work_at, labels, ranges, WIDTH: tl.constexpr, SPLIT: tl.constexp
 
 
 @_jit
-def negatives(table, work_at, visits_at, terms_at, labels, ranges, sums, WIDTH: tl.constexpr, PIECE: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, SPLIT: tl.constexpr):
+def negatives(
+    table,
+    work_at,
+    visits_at,
+    terms_at,
+    labels,
+    ranges,
+    sums,
+    WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """Writes the sums of e over the negatives of each row."""
     work = table + work_at + tl.program_id(0) * 8
     row_set, row_start = tl.load(work), _integer(work + 1)
@@ -213,7 +244,21 @@ def negatives(table, work_at, visits_at, terms_at, labels, ranges, sums, WIDTH: 
 
 
 @_jit
-def positives(table, work_at, visits_at, terms_at, labels, ranges, sums, found_sums, WIDTH: tl.constexpr, PIECE: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, SPLIT: tl.constexpr):
+def positives(
+    table,
+    work_at,
+    visits_at,
+    terms_at,
+    labels,
+    ranges,
+    sums,
+    found_sums,
+    WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """Writes sums over the positives of each row: log(1 + n/e), its slope n/(e + n), and 1."""
     work = table + work_at + tl.program_id(0) * 8
     row_set, row_start = tl.load(work), _integer(work + 1)
@@ -277,11 +322,12 @@ def positives(table, work_at, visits_at, terms_at, labels, ranges, sums, found_s
 
 
 @_jit
-def coefficients(table, terms_at, sums, found_sums, weights, results, plane, num_terms):
+def coefficients(table, terms_at, sums, found_sums, weights, steepest, results, plane, num_terms):
     """Adds up the shares of each row of a term, and its rows.
 
     Writes n, A = sum of slopes / (number n) and 1 / number of each row, behind 128 zeros for rows
-    that are no anchors; and for each term the sum of the losses, and the anchors with a positive.
+    that are no anchors; and for each term the sum of the losses, the anchors with a positive, and
+    the largest n A.
     """
     number = tl.program_id(0)
     term = table + terms_at + number * 8
@@ -293,13 +339,16 @@ def coefficients(table, terms_at, sums, found_sums, weights, results, plane, num
             tl.store(weights + part * plane + tl.arange(0, 128), tl.zeros((128,), tl.float32))
     total = tl.zeros((256,), tl.float32)
     valid = tl.zeros((256,), tl.float32)
+    steep = tl.zeros((256,), tl.float32)
     for start in range(0, stride, 256):
         rows = start + tl.arange(0, 256)
         inside = rows < num_rows
         n = tl.zeros((256,), tl.float32)
         for first in range(0, shares, 8):
             place = sums + tl.load(term + 3) + (first + pieces) * stride + rows[None, :]
-            n += tl.sum(tl.load(place, mask=(first + pieces < shares) & inside[None, :], other=0), 0)
+            n += tl.sum(
+                tl.load(place, mask=(first + pieces < shares) & inside[None, :], other=0), 0
+            )
         loss = tl.zeros((256,), tl.float32)
         slope = tl.zeros((256,), tl.float32)
         count = tl.zeros((256,), tl.float32)
@@ -317,12 +366,33 @@ def coefficients(table, terms_at, sums, found_sums, weights, results, plane, num
         tl.store(target + 2 * plane, weight, mask=rows < stride)
         total += loss * weight
         valid += tl.where(count > 0, 1.0, 0.0)
+        steep = tl.maximum(steep, slope * weight)
     tl.store(results + number, tl.sum(total, axis=0))
     tl.store(results + num_terms + number, tl.sum(valid, axis=0))
+    tl.store(steepest + number, tl.max(steep, axis=0))
 
 
 @_jit
-def gradient(table, work_at, visits_at, terms_at, upstream, labels, ranges, weights, gradients, plane, num_terms, WIDTH: tl.constexpr, PIECE: tl.constexpr, OUT: tl.constexpr, R: tl.constexpr, Q: tl.constexpr, SPLIT: tl.constexpr):
+def gradient(
+    table,
+    work_at,
+    visits_at,
+    terms_at,
+    upstream,
+    labels,
+    ranges,
+    weights,
+    steepest,
+    gradients,
+    plane,
+    num_terms,
+    WIDTH: tl.constexpr,
+    PIECE: tl.constexpr,
+    OUT: tl.constexpr,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
     """Writes the gradients of rows, of all terms in which they are anchors or contrasted with.
 
     d total / d s is e (A_i + A_j) for a negative pair, with the A of those of its two that are
@@ -335,13 +405,15 @@ def gradient(table, work_at, visits_at, terms_at, upstream, labels, ranges, weig
     row_labels = tl.load(labels + row_place + tl.arange(0, R))
     row_low, row_high = _label_range(ranges, row_place, R)
     out = tl.program_id(1) * OUT
-    # What is rounded to fp16 is brought to the same size first, whatever the upstream gradients.
+    # What is rounded to fp16 is brought to the same size first, whatever the upstream gradients: no
+    # |d| is more than twice the n A of an anchor.
     biggest = tl.zeros((64,), tl.float32)
     for first in range(0, num_terms, 64):
         terms = first + tl.arange(0, 64)
         there = terms < num_terms
         bits = tl.load(table + terms_at + terms * 8, mask=there, other=0).to(tl.int32)
         slopes = tl.load(upstream + terms, mask=there, other=0) * bits.to(tl.float32, bitcast=True)
+        slopes *= tl.load(steepest + terms, mask=there, other=0)
         biggest = tl.maximum(biggest, tl.abs(slopes))
     biggest = tl.max(biggest, axis=0)
     biggest = tl.where(biggest == 0, 1.0, biggest)
@@ -354,7 +426,7 @@ def gradient(table, work_at, visits_at, terms_at, upstream, labels, ranges, weig
         columns = _set(table, column_set)
         column_place = _integer(table + column_set * 10 + 4)
         k = _number(table + terms_at + term * 8)
-        # |d| is at most twice this number, which in fp16 is far from both ends.
+        # Twice this number is far from both ends of fp16.
         factor = tl.load(upstream + term) * k / biggest * 4096.0
         push = factor * (flags % 2)
         pull = factor * (flags // 2 % 2)
@@ -381,7 +453,12 @@ def gradient(table, work_at, visits_at, terms_at, upstream, labels, ranges, weig
                 found = tl.load(labels + column_place + start + tl.arange(0, Q))[None, :]
                 column_n = tl.load(other)[None, :]
                 d = row_pull[:, None] * _reciprocal(e + row_n[:, None])
-                d += tl.load(other + 2 * plane)[None, :] * pull * column_n * _reciprocal(e + column_n)
+                d += (
+                    tl.load(other + 2 * plane)[None, :]
+                    * pull
+                    * column_n
+                    * _reciprocal(e + column_n)
+                )
                 both = row_push[:, None] + tl.load(other + plane)[None, :] * push
                 d = tl.where(row_labels[:, None] == found, -d, e * both)
                 alone = (row_start + tl.arange(0, R))[:, None] - start == tl.arange(0, Q)[None, :]

@@ -15,7 +15,6 @@ Shape letters: A anchors, C contrast samples, D embedding width, K classes, R an
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
@@ -228,13 +227,14 @@ def info_nce(
 ) -> Tensor:
     """Supervised InfoNCE of anchors against a contrast set, exact and in linear memory.
 
-    Value and gradient are computed together, block by block of the similarity matrix, so neither an
-    A x C matrix nor a graph over one is ever held. Gradients reach both sets. The result cannot be
-    differentiated twice. Similarities are fp32 (fp64 for fp64 input), whatever autocast says.
+    Everything is computed block by block of the similarity matrix, so neither an A x C matrix nor a
+    graph over one is ever held. Gradients reach both sets. The result cannot be differentiated
+    twice. Similarities are fp32 (fp64 for fp64 input), whatever autocast says; but see `grouped`
+    for GPUs.
 
     Args:
-        anchors: (A, D) unit vectors. Much longer ones leave the range of fp32 on the CPU, and the
-            loss is then not finite.
+        anchors: (A, D) unit vectors. Much longer ones leave the range of fp32, and the loss is then
+            not finite.
         labels: (A,) integer classes. A negative label is padding: no anchor.
         contrast: (C, D) unit vectors; None contrasts the anchors among themselves, each without
             itself.
@@ -280,9 +280,10 @@ def info_nce(
     else:
         everything = None
     own = PixelSet(anchors, labels)
-    leads = everything is None or anchors_lead_contrast
-    term = Term("", own, [Side(own if leads else everything)], temperature, pairs=pairs)
-    ((total, valid),) = _sums_of_losses([term], [[Side(everything or own)]])
+    everything = everything or own
+    lead = own if anchors_lead_contrast else everything
+    term = Term("", own, [Side(lead)], temperature, pairs=pairs)
+    ((total, valid),) = _sums_of_losses([term], [[Side(everything)]])
     count = (labels >= 0).sum() if count_empty_anchors else valid
     return (total / count.clamp(min=1)).to(at_least_fp32(anchors).dtype)
 
@@ -343,18 +344,16 @@ def _sums_of_losses(
     terms: Sequence[Term], sides: Sequence[Sequence[Side]]
 ) -> list[tuple[Tensor, Tensor]]:
     """Per term the sum over its anchors of the mean loss over their positives, and their number."""
-    together = [
-        term.pairs is None and is_available(term.anchors.embeddings, term.temperature)
-        for term in terms
-    ]
-    grouped = iter(
-        grouped_info_nce(
-            *(list(itertools.compress(values, together)) for values in (terms, sides))
-        )
-    )
+    together = {
+        number: part
+        for number, (term, part) in enumerate(zip(terms, sides, strict=True))
+        if term.pairs is None and is_available(term.anchors.embeddings, term.temperature)
+    }
+    sums = grouped_info_nce([terms[number] for number in together], list(together.values()))
+    found = dict(zip(together, sums, strict=True))
     return [
-        next(grouped) if chosen else _info_nce(term, contrast)
-        for term, contrast, chosen in zip(terms, sides, together, strict=True)
+        found[number] if number in found else _info_nce(term, part)
+        for number, (term, part) in enumerate(zip(terms, sides, strict=True))
     ]
 
 
@@ -541,7 +540,9 @@ def _statistics(
         return stacked([sums([s.set for s in part if s.role in ("both", role)]) for part in sides])
 
     anchors = stacked([sums([term.anchors]) for term in terms])
-    positives, negatives = with_role("positives"), with_role("negatives")
+    positives = with_role("positives")
+    roles = any(side.role != "both" for part in sides for side in part)
+    negatives = with_role("negatives") if roles else positives
     numbers = anchors.counts.sum(dim=1)
     zero = numbers.new_zeros(())
     holds = [term.holds_anchors for term in terms]
@@ -549,11 +550,14 @@ def _statistics(
         torch.stack([x if held else zero for x, held in zip(values, holds, strict=True)])
         for values in (anchors.squares, numbers)
     ]
+    positive, negative = mean_similarities(anchors, positives, *own)
+    if roles:
+        negative = mean_similarities(anchors, negatives)[1]
     quantities = {
         "anchors": numbers,
         "classes": (anchors.counts > 0).sum(dim=1).to(numbers.dtype),
-        "positive_similarity": mean_similarities(anchors, positives, *own)[0],
-        "negative_similarity": mean_similarities(anchors, negatives)[1],
+        "positive_similarity": positive,
+        "negative_similarity": negative,
     }
     found = {
         term.name: {quantity: values[number] for quantity, values in quantities.items()}
