@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .sets import KernelResult, PixelSet
+from ..sets import KernelResult, PixelSet
 
 # Rows and columns of a tile: large enough for full speed of the products, small enough for a tile
 # to stay in a core's cache while it is worked on.
