@@ -18,6 +18,7 @@ from torch import nn
 
 from ..backbones import without_starting_weights
 from ..evaluation import InferenceProtocol
+from ..segmentor import ContrastiveSegmentor
 from .checkpoint import Checkpointer
 
 logger = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ def build_model(cfg: DictConfig, *, starting_weights: bool = True) -> nn.Module:
     config = cfg.model if starting_weights else without_starting_weights(cfg.model)
     device = checked_device(cfg.train.device)
     model = instantiate(config).to(device)
+    if not isinstance(model, ContrastiveSegmentor):
+        model.register_forward_pre_hook(_with_long_labels)
     if cfg.train.sync_bn and comm.get_world_size() > 1:
         if device.type == "cpu":
             logger.warning("train.sync_bn needs GPUs: each process has its own batch statistics.")
@@ -45,6 +48,14 @@ def build_model(cfg: DictConfig, *, starting_weights: bool = True) -> nn.Module:
         # no image or feature map has to be converted.
         model = model.to(memory_format=torch.channels_last)
     return model
+
+
+def _with_long_labels(_model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The batch with int64 labels, which the losses of detectron2's own models need."""
+    return (
+        [x | {"sem_seg": x["sem_seg"].long()} if "sem_seg" in x else x for x in inputs[0]],
+        *inputs[1:],
+    )
 
 
 def load_trained(
