@@ -132,12 +132,12 @@ def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]]:
         model -> {"sem_seg": {"mIoU": percent, ...}} on the main process, {} on others.
 
     Raises:
-        ValueError: the dataset is missing, or a setting of the protocol is out of range.
+        ValueError: the dataset is missing, or a setting of protocol or precision is out of range.
     """
     protocol = instantiate(cfg.dataloader.get("inference")) or InferenceProtocol()
     evaluator, loader = instantiate(cfg.dataloader.evaluator), instantiate(cfg.dataloader.test)
-    device, amp = torch.device(cfg.train.device), cfg.train.amp
-    amp_dtype = amp.dtype if amp.enabled else None
+    device, amp = checked_device(cfg.train.device), cfg.train.amp
+    precision = autocast(device, amp.dtype if amp.enabled else None)
     logger.info("Evaluation with %s", protocol)
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]]:
             # Batch norm statistics may differ between processes: a checkpoint holds the first's.
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
-        results = _evaluate(protocol(model.eval()), loader, evaluator, device, amp_dtype)
+        results = _evaluate(protocol(model.eval()), loader, evaluator, precision)
         model.train(training)
         if comm.is_main_process():
             print_csv_format(results)
@@ -160,18 +160,19 @@ def _evaluate(
     model: nn.Module,
     loader: Iterable[Batch],
     evaluator: DatasetEvaluator,
-    device: torch.device,
-    amp_dtype: str | None,
+    precision: torch.autocast,
 ) -> dict[str, Any] | None:
     """detectron2's `inference_on_dataset`, which waits for the GPU at every image to time it."""
     evaluator.reset()
     start, images = time.perf_counter(), 0
     for inputs in loader:
-        with autocast(device, amp_dtype):
+        with precision:
             outputs = model(inputs)
         evaluator.process(inputs, outputs)
         images += len(inputs)
-        log_every_n_seconds(logging.INFO, f"Evaluation: {images} images so far", n=30, name=__name__)
+        log_every_n_seconds(
+            logging.INFO, f"Evaluation: {images} images so far", n=30, name=__name__
+        )
     results = evaluator.evaluate()
     logger.info("Evaluated %d images in %.0f s", images, time.perf_counter() - start)
     return results

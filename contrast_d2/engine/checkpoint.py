@@ -297,8 +297,8 @@ def check_finite(weights: Mapping[str, Tensor], name: str) -> None:
     bad = first_not_finite(weights)
     if bad is not None:
         raise FloatingPointError(
-            f"{bad} is not finite, so {name}.pth is not written: resume from an earlier checkpoint, "
-            "with a lower optimizer.lr or with train.clip_norm."
+            f"{bad} is not finite, so {name}.pth is not written: resume from an earlier "
+            "checkpoint, with a lower optimizer.lr or with train.clip_norm."
         )
 
 

@@ -29,22 +29,22 @@ class LateNumbers:
             stacked = torch.stack([numbers[i].detach().float() for i in indices])
             self._indices.append(indices)
             self._copies.append(stacked.to("cpu", non_blocking=True))
-        on_gpu = any(x.is_cuda for x in numbers)
-        self._copied = torch.cuda.current_stream().record_event() if on_gpu else None
+        gpu = next((x.device for x in numbers if x.is_cuda), None)
+        self._copied = None if gpu is None else torch.cuda.current_stream(gpu).record_event()
 
     def read(self) -> list[float]:
         """The numbers, in their order."""
         if self._copied is not None:
             self._copied.synchronize()
-        pairs = zip(self._indices, self._copies, strict=True)
-        values = {i: x for indices, copy in pairs for i, x in zip(indices, copy.tolist(), strict=True)}
+        values: dict[int, float] = {}
+        for indices, copy in zip(self._indices, self._copies, strict=True):
+            values |= zip(indices, copy.tolist(), strict=True)
         return [values[i] for i in range(len(values))]
 
 
-def total_norm(tensors: Iterable[Tensor], order: float = 2.0) -> Tensor:
-    """The norm of all tensors together, 0-dim; inf or nan where one of them is not finite."""
-    norms = torch._foreach_norm(list(tensors), order)
-    return torch.linalg.vector_norm(torch.stack(list(norms)), order)
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all tensors together, 0-dim; inf or nan where one of them is not finite."""
+    return torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(list(tensors)))))
 
 
 def first_not_finite(weights: Mapping[str, Tensor]) -> str | None:
@@ -52,8 +52,8 @@ def first_not_finite(weights: Mapping[str, Tensor]) -> str | None:
     floats = {name: x for name, x in weights.items() if x.is_floating_point() and x.numel()}
     if not floats:
         return None
-    largest = torch.stack([x.float() for x in torch._foreach_norm(list(floats.values()), torch.inf)])
-    finite = largest.isfinite().tolist()
+    largest = torch._foreach_norm(list(floats.values()), torch.inf)
+    finite = torch.stack([x.float() for x in largest]).isfinite().tolist()
     return next((name for name, ok in zip(floats, finite, strict=True) if not ok), None)
 
 

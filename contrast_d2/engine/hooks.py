@@ -106,9 +106,9 @@ class WeightAverage(HookBase):
     """An exponential moving average of the weights, to be evaluated in their place.
 
     After the first step it is a copy of the weights; after each further step
-    average <- decay * average + (1 - decay) * weights. A step that the trainer skips changes nothing
-    of it. Counters, such as those of batch norm, are copied. It holds what a model has at test time:
-    no memory bank, no projector.
+    average <- decay * average + (1 - decay) * weights. A step that the trainer skips leaves it as
+    it is. Counters, such as those of batch norm, are copied. It holds what a model has at test
+    time: no memory bank, no projector.
 
     Args:
         model: whose weights are averaged.

@@ -42,7 +42,15 @@ class NonFiniteLossError(FloatingPointError):
 
 
 def autocast(device: torch.device, amp_dtype: str | None) -> torch.autocast:
-    """The context in which a model computes in "bf16" or "fp16"; None leaves it as it is."""
+    """The context in which a model computes in "bf16" or "fp16"; None leaves it as it is.
+
+    Raises:
+        ValueError: another type.
+    """
+    if amp_dtype is not None and amp_dtype not in _AUTOCAST_DTYPES:
+        raise ValueError(
+            f"train.amp.dtype={amp_dtype!r}: choose one of {sorted(_AUTOCAST_DTYPES)}."
+        )
     dtype = None if amp_dtype is None else _AUTOCAST_DTYPES[amp_dtype]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
@@ -107,10 +115,6 @@ class Trainer(TrainerBase):
         super().__init__()
         if seed < 0:
             raise ValueError(f"train.seed={seed}: needs 0 or more, so that a run can be repeated.")
-        if amp_dtype is not None and amp_dtype not in _AUTOCAST_DTYPES:
-            raise ValueError(
-                f"train.amp.dtype={amp_dtype!r}: choose one of {sorted(_AUTOCAST_DTYPES)}."
-            )
         if accumulation_steps < 1:
             raise ValueError(f"train.accumulation_steps={accumulation_steps}: needs at least 1.")
         if clip_norm is not None and not clip_norm > 0:
@@ -127,6 +131,7 @@ class Trainer(TrainerBase):
         self.last_batch: Batch = []
         self._device = next(model.parameters()).device
         self._amp_dtype = amp_dtype
+        self._autocast = autocast(self._device, amp_dtype)
         # 1 from a step on that is not finite: what is queued after it must not touch the weights.
         self._stopped = torch.zeros((), device=self._device)
         self.skipped = torch.zeros((), device=self._device)
@@ -201,7 +206,7 @@ class Trainer(TrainerBase):
             self._take(step)
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        with autocast(self._device, self._amp_dtype):
+        with self._autocast:
             return self.model(batch)
 
     def _statistics(self) -> dict[str, Tensor]:

@@ -130,9 +130,7 @@ def confusion_matrix(
     return count_pairs(predictions, labels, num_classes, ignore_label)
 
 
-def count_pairs(
-    predictions: Tensor, labels: Tensor, num_classes: int, ignore_label: int
-) -> Tensor:
+def count_pairs(predictions: Tensor, labels: Tensor, num_classes: int, ignore_label: int) -> Tensor:
     """`confusion_matrix` of legal pixels, which does not check them and waits for no device.
 
     Args:

@@ -2,7 +2,8 @@
 
 On a CUDA device CUDA itself is asked. On a CPU nothing ever waits, so the operations that would
 wait on a GPU are counted as they are called: reading values (`item`, `tolist`, `bool(tensor)`, a
-copy to the host), and operations whose output size depends on values.
+copy to the host), and operations whose output size depends on values. A copy to the host with
+`non_blocking=True` is not, nor is reading it later.
 """
 
 from __future__ import annotations
@@ -109,7 +110,8 @@ class HostReads(TorchFunctionMode):
         reads = name in _COPIES_TO_HOST or (name == "to" and _names_the_cpu(args, kwargs))
         if not reads:
             return func(*args, **kwargs)
-        if not any(args[0] is tensor for tensor in self._on_host):
+        known = any(args[0] is tensor for tensor in self._on_host)
+        if not known and not kwargs.get("non_blocking"):
             self.calls.append(name)
         result = func(*args, **kwargs)
         if isinstance(result, Tensor):
