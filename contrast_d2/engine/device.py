@@ -44,7 +44,8 @@ class LateNumbers:
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all tensors together, 0-dim; inf or nan where one of them is not finite."""
-    return torch.linalg.vector_norm(torch.stack(list(torch._foreach_norm(list(tensors)))))
+    norms = torch._foreach_norm(list(tensors))  # pyright: ignore[reportPrivateImportUsage]
+    return torch.linalg.vector_norm(torch.stack(list(norms)))
 
 
 def first_not_finite(weights: Mapping[str, Tensor]) -> str | None:
@@ -52,7 +53,8 @@ def first_not_finite(weights: Mapping[str, Tensor]) -> str | None:
     floats = {name: x for name, x in weights.items() if x.is_floating_point() and x.numel()}
     if not floats:
         return None
-    largest = torch._foreach_norm(list(floats.values()), torch.inf)
+    tensors = list(floats.values())
+    largest = torch._foreach_norm(tensors, torch.inf)  # pyright: ignore[reportPrivateImportUsage]
     finite = torch.stack([x.float() for x in largest]).isfinite().tolist()
     return next((name for name, ok in zip(floats, finite, strict=True) if not ok), None)
 

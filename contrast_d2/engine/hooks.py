@@ -130,38 +130,36 @@ class WeightAverage(HookBase):
         self._counters: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def after_step(self) -> None:
-        if self._sgd is not None:
-            update(self._sgd, self.trainer.skipped)  # pyright: ignore[reportAttributeAccessIssue]
-            if self._counters[0]:
-                torch._foreach_copy_(*self._counters)
-            return
-        weights = inference_state_dict(self._model)
         if not self.average:
+            weights = inference_state_dict(self._model)
             self.average = {name: x.clone() for name, x in weights.items()}
-            self._prepare(weights)
-        else:  # of a run that is resumed
-            self._prepare(weights)
-            self.after_step()
+            return
+        if self._sgd is None:
+            self._sgd = self._as_optimizer()
+        update(self._sgd, self.trainer.skipped)  # pyright: ignore[reportAttributeAccessIssue]
+        if self._counters[0]:
+            torch._foreach_copy_(*self._counters)  # pyright: ignore[reportPrivateImportUsage]
 
-    def _prepare(self, weights: dict[str, Tensor]) -> None:
-        """Makes the update one step of SGD: its kernel takes all tensors at once, and can skip.
+    def _as_optimizer(self) -> SGD:
+        """The update as a step of SGD, whose kernel takes all tensors at once and can skip.
 
-        With a decay of 1 towards 0 and the weights as a gradient to ascend, it is
+        With a weight decay of 1 and the weights as the gradient to ascend, it is
         average - (1 - decay) * (average - weights).
         """
+        weights = inference_state_dict(self._model)  # shares their memory
         pairs = [(self.average[name], x) for name, x in weights.items()]
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         for average, x in floats:
             average.grad = x
-        self._sgd = SGD(
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._counters = [average for average, _ in counters], [x for _, x in counters]
+        return SGD(
             [average for average, _ in floats],
             lr=1 - self._decay,
             weight_decay=1.0,
             maximize=True,
             fused=True,
         )
-        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
-        self._counters = [average for average, _ in counters], [x for _, x in counters]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
