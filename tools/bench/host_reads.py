@@ -3,8 +3,8 @@
 On a CUDA device CUDA itself is asked. On a CPU nothing ever waits, so the operations that would
 wait on a GPU are counted as they are called: reading values (`item`, `tolist`, `bool(tensor)`, a
 copy to the host), and operations whose output size depends on values. What requires a gradient, or
-is computed from what does, would be on the GPU there; all else, such as labels, on the host. A copy to the host with
-`non_blocking=True` is no wait, nor is reading it later.
+is computed from what does, would be on the GPU there; all else, such as labels, on the host. A copy
+to the host with `non_blocking=True` is no wait, nor is reading it later.
 """
 
 from __future__ import annotations
