@@ -96,7 +96,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
         parts = super().from_config(cfg)
         head, model = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL
         labels = {"num_classes": head.NUM_CLASSES, "ignore_label": head.IGNORE_VALUE}
-        known = {"dataset": labels}
+        known = {"dataset": labels, "train": {"max_iter": cfg.SOLVER.MAX_ITER}}
         seg_loss = build_named(SEG_LOSS_REGISTRY, model.SEG_LOSS, "MODEL.SEG_LOSS", known)
         contrast = None
         if model.CONTRAST.NAME:

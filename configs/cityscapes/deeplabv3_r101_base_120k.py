@@ -2,9 +2,6 @@
 2022). Four GPUs.
 
 python train_net.py --config-file configs/cityscapes/deeplabv3_r101_base_120k.py --num-gpus 4
-
-The paper has batch 12 and 120k iterations; learning rate, weight decay and the weights of the
-classes are those of its HRNet. Neither auxiliary head nor dropout, as in its release.
 """
 
 from ..common.class_weights import cityscapes as _class_weights

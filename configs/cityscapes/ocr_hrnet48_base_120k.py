@@ -2,9 +2,6 @@
 Four GPUs.
 
 python train_net.py --config-file configs/cityscapes/ocr_hrnet48_base_120k.py --num-gpus 4
-
-The paper has batch 12 and 120k iterations; learning rate, weight decay and the weights of the
-classes are those of its HRNet.
 """
 
 from ..common.class_weights import cityscapes as _class_weights

@@ -1,5 +1,5 @@
-"""COCO-Stuff 10k, OCR on HRNetV2-W48, baseline of pixel contrast (Wang et al., ICCV 2021), on
-520x520 crops; we know no number of it. Four GPUs.
+"""COCO-Stuff 10k, OCR on HRNetV2-W48, baseline: no number known. Four GPUs; its scripts name GPUs
+0 to 3.
 
 python train_net.py --config-file configs/coco_stuff/ocr_hrnet48_base_60k_520.py --num-gpus 4
 

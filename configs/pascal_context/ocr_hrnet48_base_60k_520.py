@@ -1,5 +1,5 @@
-"""PASCAL-Context, 59 classes, OCR on HRNetV2-W48, baseline of pixel contrast (Wang et al., ICCV
-2021), on 520x520 crops; we know no number of it. Four GPUs.
+"""PASCAL-Context, OCR on HRNetV2-W48, baseline: no number known. Four GPUs; its scripts name GPUs
+0 to 3.
 
 python train_net.py --config-file configs/pascal_context/ocr_hrnet48_base_60k_520.py --num-gpus 4
 
