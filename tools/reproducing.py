@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         changed = [path for path, text in files.items() if path.read_text(encoding="utf-8") != text]
         if options.check and changed:
             raise ValueError(
-                f"{len(changed)} files are not what the ledger says, first of all {changed[0]}: run "
+                f"{len(changed)} files are not what the ledger says, such as {changed[0]}: run "
                 "python tools/reproducing.py."
             )
         for path in changed:

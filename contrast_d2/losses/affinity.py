@@ -121,8 +121,8 @@ class AdaptiveAffinityLoss(nn.Module):
         margin: divergence from which a separating pair costs nothing.
         grouping_weight, separating_weight: factors of the two kinds of pairs.
         decay: what the loss is divided by at the end of the training: its factor is decay^(-t / T)
-            at step t, counted in this module. 1 for a constant factor.
-        max_iter: T, of the training; for a decay.
+            at step t. Steps are counted here, and passes are steps. 1 for a constant factor.
+        max_iter: T; needed for a decay.
         stride: pairs are taken on every stride-th pixel of labels and scores. The default is about
             the grid of a decoder at stride 4: between its points, scores are interpolated.
         ignore_label: pixels with this label do not count.
@@ -171,9 +171,10 @@ class AdaptiveAffinityLoss(nn.Module):
         self.separating_weight = separating_weight
         self.decay = decay
         self.max_iter = max_iter
-        # A buffer, so that a resumed run goes on where it was.
-        self.steps: Tensor
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        if decay > 1:
+            # A buffer, so that a resumed run goes on where it was.
+            self.steps: Tensor
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.stride = stride
         self.ignore_label = ignore_label
         self.grouping_scores = nn.Parameter(torch.zeros(len(self.kernel_sizes), num_classes))
@@ -200,14 +201,12 @@ class AdaptiveAffinityLoss(nn.Module):
             sums.separating, sums.separating_pairs, self.separating_scores
         )
         loss = self.grouping_weight * grouping + self.separating_weight * separating
-        return loss if self.max_iter is None else loss * self._factor(self.max_iter)
-
-    def _factor(self, max_iter: int) -> Tensor:
-        """Of this step, which it counts in training."""
-        part = self.steps.clamp(max=max_iter) / max_iter
+        if self.max_iter is None or self.decay == 1:
+            return loss
+        part = self.steps.clamp(max=self.max_iter) / self.max_iter
         if self.training:
             self.steps += 1
-        return self.decay ** (-part)
+        return loss * self.decay ** (-part)
 
 
 def _adversarial_mean(sums_SK: Tensor, pairs_S: Tensor, scores_SK: Tensor) -> Tensor:

@@ -209,6 +209,7 @@ class Ledger:
         Args:
             measured: the text of all results, which names the files that have been trained.
         """
+        trained = set(re.findall(r"train_net\.py[^\"]*?configs/(\S+?)\.py", measured))
         lines: list[str] = []
         for paper, entry in self.papers.items():
             files = [file for file in self.experiments if self.paper(file) == paper]
@@ -223,7 +224,7 @@ class Ledger:
                 lines += [f"| file in `configs/{folder}/` | experiment | published | ours |"]
                 lines += ["| --- | --- | --- | --- |"]
                 for file in rows:
-                    ours = "see results" if f"configs/{file}.py" in measured else "not measured"
+                    ours = "see results" if file in trained else "not measured"
                     name = file.partition("/")[2]
                     published = self.published(file, home=paper)
                     lines += [f"| `{name}.py` | {self.title(file)} | {published} | {ours} |"]
