@@ -128,7 +128,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
         features = self.backbone(images)
         output = decode(self.sem_seg_head, features)
         if not self.training:
-            return self._at_output_size(output.logits, images, batched_inputs)
+            return self._at_output_size(output, images, batched_inputs)
 
         labels = self._stack_labels(batched_inputs)
         losses = self.seg_loss(output, labels)
@@ -167,9 +167,9 @@ class ContrastiveSegmentor(SemanticSegmentor):
 
     @staticmethod
     def _at_output_size(
-        logits: Tensor, images: Tensor, batched_inputs: list[dict[str, Any]]
+        output: SegOutput, images: Tensor, batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Tensor]]:
-        logits = upsample(logits, images.shape[-2:])
+        logits = upsample(output.logits, images.shape[-2:], output.align_corners)
         results = []
         for scores, x in zip(logits, batched_inputs, strict=True):
             size = tuple(x["image"].shape[-2:])

@@ -278,6 +278,7 @@ def stated(path: Path) -> dict[str, Any]:
         "dropout": head.get("dropout", 0.0),
         "kernel": head.get("kernel_size", 1),
         "region_kernel": head.get("region_kernel_size", 1),
+        "align_corners": head.get("align_corners", False),
         "aux": head.get("aux_feature"),
         "aux_weight": model.seg_loss.aux_weight,
         "loss": " + ".join(type(x).__name__ for x in parts),

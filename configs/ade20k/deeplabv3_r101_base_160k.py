@@ -17,4 +17,5 @@ from .ocr_hrnet48_base_160k import dataloader, dataset, lr_multiplier, optimizer
 
 model.sem_seg_head.aux_feature = None
 model.sem_seg_head.dropout = 0.0
+model.sem_seg_head.align_corners = True
 train.output_dir = "output/ade20k/deeplabv3_r101_base_160k"

@@ -16,6 +16,7 @@ from ..common.train import train
 
 optimizer.lr = 0.02
 optimizer.weight_decay = 1e-4
+model.sem_seg_head.align_corners = True
 train.max_iter = 160_000
 train.eval_period = 8000
 train.checkpointer.period = 8000

@@ -17,6 +17,7 @@ dataloader.train.repeat_threshold = 0.15
 model.seg_loss = _lovasz
 model.pixel_mean = [0.0, 0.0, 0.0]
 model.pixel_std = [255.0, 255.0, 255.0]
+model.sem_seg_head.align_corners = True
 train.max_iter = 26_000
 train.eval_period = 1040
 train.checkpointer.period = 1040

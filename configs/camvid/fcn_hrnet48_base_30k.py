@@ -17,6 +17,7 @@ from ..common.train import train
 
 optimizer.lr = 1e-3
 optimizer.weight_decay = 1e-4
+model.sem_seg_head.align_corners = True
 train.max_iter = 30_000
 train.eval_period = 1000
 train.checkpointer.period = 1000

@@ -15,6 +15,7 @@ from ..common.optim import lr_multiplier
 from ..common.optim import sgd as optimizer
 from ..common.train import train
 
+model.sem_seg_head.align_corners = True
 train.max_iter = 40_000
 train.eval_period = 1000
 train.checkpointer.period = 1000

@@ -11,4 +11,5 @@ from .fcn_hrnet48_base_120k import dataloader, dataset, lr_multiplier, optimizer
 model.seg_loss.main.class_weights = _class_weights
 model.sem_seg_head.aux_feature = None
 model.sem_seg_head.dropout = 0.0
+model.sem_seg_head.align_corners = True
 train.output_dir = "output/cityscapes/deeplabv3_r101_base_120k"

@@ -17,4 +17,5 @@ from ..common.models.deeplabv3 import deep_stem as model
 from .fcn_hrnet48_base_40k import dataloader, dataset, lr_multiplier, optimizer, train
 
 model.seg_loss.main.class_weights = _class_weights
+model.sem_seg_head.align_corners = True
 train.output_dir = "output/cityscapes/deeplabv3_r101_base_40k"

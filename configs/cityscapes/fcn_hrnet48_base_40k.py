@@ -16,6 +16,7 @@ from ..common.optim import lr_multiplier
 from ..common.optim import sgd as optimizer
 from ..common.train import train
 
+model.sem_seg_head.align_corners = True
 model.seg_loss.main.class_weights = _class_weights
 train.max_iter = 40_000
 train.eval_period = 2000

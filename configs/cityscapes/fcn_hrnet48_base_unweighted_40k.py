@@ -15,4 +15,5 @@ from ..common.optim import poly_to_minimum as lr_multiplier
 from .fcn_hrnet48_base_40k import dataloader, dataset, model, optimizer, train
 
 model.seg_loss.main.class_weights = None
+model.sem_seg_head.align_corners = False
 train.output_dir = "output/cityscapes/fcn_hrnet48_base_unweighted_40k"

@@ -9,4 +9,5 @@ from ..common.models.ocr import model
 from .fcn_hrnet48_base_120k import dataloader, dataset, lr_multiplier, optimizer, train
 
 model.seg_loss.main.class_weights = _class_weights
+model.sem_seg_head.align_corners = True
 train.output_dir = "output/cityscapes/ocr_hrnet48_base_120k"

@@ -13,6 +13,7 @@ from ..common.optim import lr_multiplier
 from ..common.optim import sgd_fast_head as optimizer
 from ..common.train import train
 
+model.sem_seg_head.align_corners = True
 train.max_iter = 60_000
 train.eval_period = 3000
 train.checkpointer.period = 3000

@@ -11,4 +11,5 @@ dataloader.inference.scales=[0.5,0.75,1.0,1.25,1.5,1.75,2.0]
 from ..common.models.ocr import model
 from .fcn_hrnet48_base_60k_520 import dataloader, dataset, lr_multiplier, optimizer, train
 
+model.sem_seg_head.align_corners = True
 train.output_dir = "output/coco_stuff/ocr_hrnet48_base_60k_520"

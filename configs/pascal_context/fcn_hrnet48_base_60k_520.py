@@ -17,6 +17,7 @@ from ..common.train import train
 
 dataloader.train.mapper.augmentations.short_side = 520
 dataloader.train.mapper.augmentations.crop_size = (520, 520)
+model.sem_seg_head.align_corners = True
 train.max_iter = 60_000
 train.eval_period = 3000
 train.checkpointer.period = 3000

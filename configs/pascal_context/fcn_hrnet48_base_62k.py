@@ -20,6 +20,7 @@ from ..common.optim import sgd_fast_head as optimizer
 from ..common.train import train
 
 dataloader.inference = _inference
+model.sem_seg_head.align_corners = True
 train.max_iter = 62_000
 train.eval_period = 3100
 train.checkpointer.period = 3100

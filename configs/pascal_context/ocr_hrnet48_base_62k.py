@@ -12,4 +12,5 @@ dataloader.inference.flip=True dataloader.inference.scales=[0.5,0.75,1.0,1.25,1.
 from ..common.models.ocr import model
 from .fcn_hrnet48_base_62k import dataloader, dataset, lr_multiplier, optimizer, train
 
+model.sem_seg_head.align_corners = True
 train.output_dir = "output/pascal_context/ocr_hrnet48_base_62k"
