@@ -136,9 +136,7 @@ class PNE(ContrastMethod):
         embeddings, label_map = batch.maps[self.feature], batch.label_map(self.feature)
         order = None
         if not self.official_code:
-            order = torch.randperm(
-                label_map.numel(), generator=batch.generator, device=label_map.device
-            )
+            order = torch.randperm(label_map.numel(), generator=batch.generator)
         outcomes = sort_outcomes(
             label_map, batch.predictions(self.feature), self.num_classes, order
         )

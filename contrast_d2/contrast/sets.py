@@ -7,6 +7,7 @@ set, G planes of one group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ class PixelDraw(NamedTuple):
     Attributes:
         image: (N,) int64, index of the image in the batch.
         pixel: (N,) int64, row-major index of the pixel in the (h, w) map.
-        labels: (N,) int64, class of the pixel. A draw of fixed size ends in padding: label -1, with
-            valid indices of no meaning.
+        labels: (N,) int64, class of the pixel. A draw whose size predictions decide is padded
+            on a GPU: label -1, with valid indices of no meaning.
         class_counts: number of pixels of each class 0..K-1, host integers; None where the host does
             not know.
         wrong: (N,) bool, whether the network predicts another class; None without predictions.
@@ -307,6 +308,29 @@ def _plane_groups(
     return index, groups
 
 
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Values from the host on a device, without waiting for it; others as they are."""
+    if device.type == "cuda" and not values.is_cuda:
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
+
+
+def draws_on_device(draws: Sequence[PixelDraw], device: torch.device) -> list[PixelDraw]:
+    """Draws on a device, by one copy for all that are on the host."""
+    host = [draw for draw in draws if draw.image.device != device]
+    if not host:
+        return list(draws)
+    columns = torch.cat([torch.stack([x.image, x.pixel, x.labels]) for x in host], dim=1)
+    parts = on_device(columns, device).split([len(x.image) for x in host], dim=1)
+    moved = iter(parts)
+    return [
+        draw
+        if draw.image.device == device
+        else draw._replace(**dict(zip(("image", "pixel", "labels"), next(moved), strict=True)))
+        for draw in draws
+    ]
+
+
 # ---- collecting over processes
 
 
@@ -315,11 +339,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+@cache
+def host_group() -> dist.ProcessGroup | None:
+    """A group of all processes that exchanges what is on the host; None where the default does."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")  # pyright: ignore[reportReturnType]
+
+
 def gather_parts(*tensors: Tensor) -> list[list[Tensor]]:
     """The rows (N, ...) of all processes.
 
     Gradients flow back to the process that a row came from. Every process has to make the call, in
-    the same order, and to run its backward pass. The host waits for the sizes of the others.
+    the same order, and to run its backward pass. Sizes are exchanged between the hosts.
 
     Args:
         tensors: with the same N, which may differ between processes.
@@ -331,9 +361,9 @@ def gather_parts(*tensors: Tensor) -> list[list[Tensor]]:
         return [[x] for x in tensors]
     from torch.distributed.nn.functional import all_gather  # not in every build of torch
 
-    own = torch.tensor([len(tensors[0])], device=tensors[0].device)
+    own = torch.tensor([len(tensors[0])])
     sizes = [torch.zeros_like(own) for _ in range(world_size())]
-    dist.all_gather(sizes, own)
+    dist.all_gather(sizes, own, group=host_group())
     counts = torch.cat(sizes).tolist()
     gathered = []
     for x in tensors:
