@@ -470,8 +470,8 @@ def test_data_and_test_protocol_are_of_the_dataset(subtests: pytest.Subtests) ->
 
 
 def test_budgets_are_for_the_whole_batch(subtests: pytest.Subtests) -> None:
-    # 10,000 anchors in Pissas et al., ECCV 2022, and 1,024 in the release of Wang et al., ICCV
-    # 2021, are those of one GPU.
+    # 10,000 anchors in the release of Pissas et al., ECCV 2022, and 1,024 in that of Wang et al.,
+    # ICCV 2021, are those of one GPU.
     budgets = [
         (path, method.sampler.max_anchors, 10_000 if multi_scale else 1024)
         for path in METHODS
