@@ -13,12 +13,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .kernels.gather import gather_embeddings
 from .sampling import class_counts, draw_pixels, sort_pixels
 from .sets import (
     PixelSet,
     at_least_fp32,
     draws_on_device,
-    gather_embeddings,
     gather_parts,
     joined_sets,
     on_device,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .projector import MultiScaleProjector
 from .sampling import Batch, Sampler
-from .sets import PixelSet, draws_on_device, joined_draws
+from .sets import PixelSet, draws_on_device
 from .terms import ContrastOutput, OwnTerm, Term, evaluate, loss_name
 
 # What padding and unlabelled pixels have in the labels of most data sets.
@@ -125,7 +125,7 @@ class ContrastMethod(nn.Module):
     def sample(
         self, batch: Batch, features: Sequence[str], *samplers: Sampler | None
     ) -> list[dict[str, PixelSet]]:
-        """Draws pixels from maps and embeds them, with one gather per map.
+        """Draws pixels from maps and embeds them, with one gather for all of them.
 
         Args:
             batch: of this step.
@@ -135,19 +135,17 @@ class ContrastMethod(nn.Module):
         Returns:
             For each sampler, its sets by name of the map.
         """
-        draws = [None if sampler is None else sampler.draw(batch, features) for sampler in samplers]
+        drawn = [(i, x.draw(batch, features)) for i, x in enumerate(samplers) if x is not None]
+        moved = draws_on_device([draw for _, draws in drawn for draw in draws], batch.device)
+        # By map, and there by sampler.
+        by_feature = {f: moved[i :: len(features)] for i, f in enumerate(features)}
+        rows = self.projector.embed(batch.maps, by_feature)
         sets: list[dict[str, PixelSet]] = [{} for _ in samplers]
-        every = draws_on_device([x for draw in draws if draw for x in draw], batch.device)
-        moved = iter(every)
-        draws = [None if draw is None else [next(moved) for _ in draw] for draw in draws]
-        for number, feature in enumerate(features):
-            drawn = {i: draw[number] for i, draw in enumerate(draws) if draw is not None}
-            joined = joined_draws(list(drawn.values()))
-            rows = self.projector.embed(batch.maps, feature, joined)
-            parts = [rows]
-            if len(drawn) > 1:
-                parts = rows.split([len(draw.labels) for draw in drawn.values()])
-            for part, (i, draw) in zip(parts, drawn.items(), strict=True):
+        for feature, draws in by_feature.items():
+            parts: Sequence[Tensor] = [rows[feature]]
+            if len(draws) > 1:
+                parts = rows[feature].split([len(draw.labels) for draw in draws])
+            for part, (i, _), draw in zip(parts, drawn, draws, strict=True):
                 sets[i][feature] = PixelSet(part, draw.labels, draw.class_counts, feature, draw)
         return sets
 

@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .inspection import evenly_spread
+from .kernels.gather import gather_embeddings, gather_pixels
 from .log_ratios import Groups, Ranges, at, consecutive, expand, log_ratios
 from .method import ContrastMethod
 from .outcomes import Outcomes, sort_outcomes
 from .projector import MultiScaleProjector
 from .sampling import Batch
-from .sets import PixelDraw, at_least_fp32, gather_embeddings, gather_pixels, unit_vectors
+from .sets import PixelDraw, at_least_fp32, unit_vectors
 from .terms import OwnTerm, PairSample
 
 

@@ -172,11 +172,13 @@ def test_sampled_batch_norms_have_the_statistics_of_each_scales_anchors() -> Non
         )
 
 
-def padded(draw: PixelDraw) -> PixelDraw:
-    """As a GPU pads draws whose size the host does not know."""
-    more = torch.arange(7)
-    labels = torch.cat([draw.labels, more * 0 - 1])
-    return PixelDraw(torch.cat([draw.image, more % 2]), torch.cat([draw.pixel, more]), labels, None)
+def padded(draw: PixelDraw, pixels: int) -> PixelDraw:
+    """As a GPU pads draws whose size the host does not know, by pixels that are not drawn."""
+    drawn = set((draw.image * pixels + draw.pixel).tolist())
+    more = torch.tensor([i for i in range(2 * pixels) if i not in drawn][:7], dtype=torch.long)
+    labels = torch.cat([draw.labels, torch.full_like(more, -1)])
+    image, pixel = more // pixels, more % pixels
+    return PixelDraw(torch.cat([draw.image, image]), torch.cat([draw.pixel, pixel]), labels, None)
 
 
 def test_padding_of_a_draw_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +186,13 @@ def test_padding_of_a_draw_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     for head in ({}, {"projection": "sampled"}, {"projection": "sampled", "norm": "layer"}):
         contrast = build(head)
         expected, draw = step(build(head), batch), contrast.sampler.draw
-        monkeypatch.setattr(contrast.sampler, "draw", lambda *x, d=draw: [padded(y) for y in d(*x)])
+
+        def with_padding(batch: Batch, features: list[str], draw=draw) -> list[PixelDraw]:
+            sizes = [batch.host_labels(feature)[0].numel() for feature in features]
+            draws = zip(draw(batch, features), sizes, strict=True)
+            return [padded(drawn, pixels) for drawn, pixels in draws]
+
+        monkeypatch.setattr(contrast.sampler, "draw", with_padding)
         torch.testing.assert_close(step(contrast, batch), expected, rtol=1e-9, atol=1e-12)
 
 
