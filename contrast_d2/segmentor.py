@@ -97,7 +97,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
         parts = super().from_config(cfg)
         head, model = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL
         labels = {"num_classes": head.NUM_CLASSES, "ignore_label": head.IGNORE_VALUE}
-        known = {"dataset": labels}
+        known = {"dataset": labels, "train": {"max_iter": cfg.SOLVER.MAX_ITER}}
         seg_loss = build_named(SEG_LOSS_REGISTRY, model.SEG_LOSS, "MODEL.SEG_LOSS", known)
         contrast = None
         if model.CONTRAST.NAME:
@@ -130,7 +130,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
         features = self.backbone(images)
         output = decode(self.sem_seg_head, features)
         if labels is None:
-            return self._at_output_size(output.logits, images, batched_inputs)
+            return self._at_output_size(output, images, batched_inputs)
 
         losses = self.seg_loss(output, labels.to(self.device, non_blocking=True).long())
         if self.contrast is not None:
@@ -200,9 +200,9 @@ class ContrastiveSegmentor(SemanticSegmentor):
 
     @staticmethod
     def _at_output_size(
-        logits: Tensor, images: Tensor, batched_inputs: list[dict[str, Any]]
+        output: SegOutput, images: Tensor, batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Tensor]]:
-        logits = upsample(logits, images.shape[-2:])
+        logits = upsample(output.logits, images.shape[-2:], output.align_corners)
         results = []
         for scores, x in zip(logits, batched_inputs, strict=True):
             size = tuple(x["image"].shape[-2:])

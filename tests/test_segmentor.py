@@ -432,6 +432,19 @@ def test_labels_of_another_size_than_their_image_are_refused() -> None:
         build()([x])
 
 
+def test_scores_are_resized_as_the_decoder_says() -> None:
+    model = build(decoder=FCNDecoder).eval()
+    image = 255 * torch.rand(3, 64, 96)
+    for align_corners in (False, True):
+        model.sem_seg_head.align_corners = align_corners
+        features = model.backbone(model.preprocess_image([{"image": image}]))
+        logits = model.sem_seg_head.decode(features).logits
+        expected = nn.functional.interpolate(
+            logits, (64, 96), mode="bilinear", align_corners=align_corners
+        )
+        torch.testing.assert_close(model([{"image": image}])[0]["sem_seg"], expected[0])
+
+
 def test_evaluation_needs_no_labels_and_gives_the_requested_size() -> None:
     model = build().eval()
     scores = model([{"image": sample(61, 83)["image"], "height": 122, "width": 40}])

@@ -49,6 +49,11 @@ lr_multiplier = L(poly_schedule)(
     max_iter="${train.max_iter}", power=0.9, warmup_iters=0, warmup_factor=1e-3
 )
 
+# Of mmsegmentation's trainings of convolutional networks, which end at a rate of 1e-4: the share is
+# that of a base rate of 0.01.
+poly_to_minimum = deepcopy(lr_multiplier)
+poly_to_minimum.min_factor = 0.01
+
 # Of Swin's trainings.
 linear_after_warmup = L(poly_schedule)(
     max_iter="${train.max_iter}", power=1.0, warmup_iters=1500, warmup_factor=1e-6
