@@ -19,8 +19,8 @@ _BLOCK = 1 << 15
 # What a pixel's channels add to its grey, of 256.
 _GREY = (77, 150, 29)
 
-# Changes (3, R, W) int16 channels of some rows in place.
-_Change = Callable[..., None]
+# Takes the (3, R, W) int16 channels of some rows, which it may overwrite, and returns others.
+_Change = Callable[..., np.ndarray]
 
 
 class ColorJitter(T.Augmentation):
@@ -112,7 +112,7 @@ def _change(planes: np.ndarray, changes: Sequence[_Change]) -> None:
     for y in range(0, planes.shape[1] if changes else 0, rows):
         channels = planes[:, y : y + rows].astype(np.int16)
         for change in changes:
-            change(channels)
+            channels = change(channels)
         planes[:, y : y + rows] = channels
 
 
@@ -121,25 +121,25 @@ def _mean_grey(planes: np.ndarray) -> int:
     return int(np.dot(means, _GREY) / 256 + 0.5)
 
 
-def _scale_brightness(channels: np.ndarray, factor: float) -> None:
-    _stretch(channels, channels, factor)
+def _scale_brightness(channels: np.ndarray, factor: float) -> np.ndarray:
+    return _stretch(channels, channels, factor)
 
 
-def _scale_contrast(channels: np.ndarray, grey: int, factor: float) -> None:
-    _stretch(channels, channels - np.int16(grey), factor)
+def _scale_contrast(channels: np.ndarray, grey: int, factor: float) -> np.ndarray:
+    return _stretch(channels, channels - np.int16(grey), factor)
 
 
-def _scale_saturation(channels: np.ndarray, factor: float) -> None:
+def _scale_saturation(channels: np.ndarray, factor: float) -> np.ndarray:
     red, green, blue = channels.view(np.uint16)
     grey = red * np.uint16(_GREY[0])  # the sum is at most 255 * 256 + 128
     grey += green * np.uint16(_GREY[1])
     grey += blue * np.uint16(_GREY[2])
     grey += np.uint16(128)
     grey >>= 8
-    _stretch(channels, channels - grey.view(np.int16), factor)
+    return _stretch(channels, channels - grey.view(np.int16), factor)
 
 
-def _stretch(channels: np.ndarray, distances: np.ndarray, factor: float) -> None:
+def _stretch(channels: np.ndarray, distances: np.ndarray, factor: float) -> np.ndarray:
     """Multiplies distances, which are part of the channels, rounding down as Pillow does."""
     amount = round((factor - 1) * 256)
     # At most 255 * 128: the largest int16.
@@ -147,10 +147,11 @@ def _stretch(channels: np.ndarray, distances: np.ndarray, factor: float) -> None
     change >>= 8
     channels += change
     if factor > 1:
-        np.clip(channels, 0, 255, out=channels)
+        channels.clip(0, 255, out=channels)
+    return channels
 
 
-def _turn_hue(channels: np.ndarray, shift: float) -> None:
+def _turn_hue(channels: np.ndarray, shift: float) -> np.ndarray:
     turns = round(6 * shift)
     rest = 6 * shift - turns
     high = channels.max(axis=0)
@@ -160,10 +161,14 @@ def _turn_hue(channels: np.ndarray, shift: float) -> None:
         turned = high + low - turned
     # At most 255 * 128 + 127: the largest int16.
     reach = ((high - low) * np.int16(round(abs(rest) * 256)) + np.int16(127)) >> 8
-    following = np.roll(turned, -1 if rest > 0 else 1, axis=0)
-    moved = np.maximum(following, low + reach)
-    np.minimum(moved, high - reach, out=moved)
-    moved -= following
-    moved += turned
-    np.maximum(moved, low, out=moved)
-    np.minimum(moved, high, out=channels)
+    begin, end = low + reach, high - reach
+    result = np.empty_like(channels)
+    for i, moved in enumerate(result):
+        following = turned[(i + (1 if rest > 0 else -1)) % 3]
+        np.maximum(following, begin, out=moved)
+        np.minimum(moved, end, out=moved)
+        moved -= following
+        moved += turned[i]
+        np.maximum(moved, low, out=moved)
+        np.minimum(moved, high, out=moved)
+    return result
