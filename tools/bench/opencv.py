@@ -6,7 +6,7 @@ Images shrink without averaging, nearest labels are to within a pixel, hues have
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,8 +18,8 @@ _TRIES = 10
 def opencv_mapper(
     crop_size: tuple[int, int],
     *,
-    scale: Sequence[float],
-    aspect: Sequence[float],
+    scale: tuple[float, float],
+    aspect: tuple[float, float],
     max_class_area: float,
     ignore_label: int,
 ) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
