@@ -74,15 +74,12 @@ def test_all_terms_break_the_graph_once(projection: str, scales: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("projection", "fixed_size"),
-    [("dense", False), ("batch", True), pytest.param("layer", False, marks=pytest.mark.slow)],
+    "projection", ["dense", "batch", pytest.param("layer", marks=pytest.mark.slow)]
 )
-def test_losses_and_gradients_are_those_of_the_eager_model(
-    projection: str, fixed_size: bool
-) -> None:
+def test_losses_and_gradients_are_those_of_the_eager_model(projection: str) -> None:
     # In fp64: the rounding of fp32 can carry an activation over the kink of a ReLU, where the
     # gradient jumps. The scores alone are rounded to fp32, to 6e-8.
-    eager, compiled = (build(projection, 2, fixed_size=fixed_size).double() for _ in range(2))
+    eager, compiled = (build(projection, 2).double() for _ in range(2))
     backend = CompileCounterWithBackend("aot_eager")
     run = torch.compile(compiled, backend=backend)
     graphs = []

@@ -6,6 +6,7 @@ from .contextual import Contextrast
 from .contextual_plus import ContextrastPlus
 from .hard_sampling import HardAnchorSampler
 from .inspection import DrawnPixels, Inspection, Similarities
+from .kernels.gather import gather_embeddings, gather_pixels
 from .memory import AnchorMemory, MemoryBank
 from .method import ContrastMethod
 from .multiscale import MultiScaleContrast
@@ -20,8 +21,6 @@ from .sets import (
     PixelDraw,
     PixelSet,
     class_sums,
-    gather_embeddings,
-    gather_pixels,
     mean_similarities,
 )
 from .terms import ContrastOutput, OwnTerm, Side, Term, evaluate, info_nce

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .sampling import Batch
-from .sets import PixelDraw
+from .sets import PixelDraw, on_device
 
 ErrorMap = Literal["false_negatives", "false_positives"]
 
@@ -119,7 +119,7 @@ def boundary_negatives(
         fraction: part of each region to select, in (0, 1].
         error_map: whose error map a wrong pixel belongs to: "false_negatives", the class that it
             should have got; or "false_positives", the class that it got.
-        generator: source of the random order of ties, on the labels' device.
+        generator: source of the random order of ties, on the host; None for the default one.
 
     Raises:
         ValueError: fraction out of range, or an unknown error map.
@@ -158,7 +158,8 @@ def _nearest_of_each_group(
     distance_N = squared_distance.clamp(max=infinite).long().flatten()
     # What the 62 bits of a key leave: 2^30 numbers for eight images of 128 x 256 with 150 classes.
     num_random = 2**62 // ((num_groups + 1) * (infinite + 1))
-    keys_N = torch.randint(num_random, group_N.shape, generator=generator, device=region.device)
+    keys_N = torch.randint(num_random, group_N.shape, generator=generator)
+    keys_N = on_device(keys_N, region.device)
     keys_N += (group_N * (infinite + 1) + distance_N) * num_random
     sorted_keys_N, order_N = keys_N.sort()
 
@@ -192,7 +193,8 @@ class BoundaryNegatives:
     gives more than `max_negatives`. Mind that the loss of an anchor grows with the logarithm of
     the number of its negatives: this bound, where it is met, shifts the loss.
 
-    The size of a draw depends on the predictions, so the host waits for the device, once per call.
+    Predictions decide how many there are. On a GPU draws are therefore padded to `max_negatives`,
+    and the host does not wait.
 
     Args:
         num_classes: K.
@@ -239,39 +241,28 @@ class BoundaryNegatives:
             label_maps: S integer maps (B, h, w), one per feature map; values outside 0..K-1 are
                 ignored.
             prediction_maps: S integer maps (B, h, w) of predicted classes, of the same sizes.
-            generator: source of the draw, on the labels' device; None for the default one.
+            generator: source of the draw, on the host; None for the default one.
 
         Returns:
             S draws, without repeated pixels, each labelled with its true class. A draw may be
             empty.
         """
-        padded = [
+        return [
             self._draw(labels, predictions, generator)
             for labels, predictions in zip(label_maps, prediction_maps, strict=True)
         ]
-        counts_SK = torch.stack([_class_counts(draw.labels, self.num_classes) for draw in padded])
-        draws = []
-        for draw, class_counts in zip(padded, counts_SK.tolist(), strict=True):  # the only wait
-            drawn = slice(sum(class_counts))
-            draws.append(
-                PixelDraw(
-                    draw.image[drawn], draw.pixel[drawn], draw.labels[drawn], tuple(class_counts)
-                )
-            )
-        return draws
 
     def _draw(
         self, labels: Tensor, predictions: Tensor, generator: torch.Generator | None
     ) -> PixelDraw:
-        """From one map, grouped by class and image; padding of label K comes last."""
+        """From one map, grouped by class and image; padding comes last."""
         num_images, num_pixels = labels.shape[0], labels[0].numel()
         pixels = boundary_negatives(
             labels, predictions, self.num_classes, fraction=self.fraction, generator=generator
         )
         selected_N = pixels.selected.flatten()
-        random_N = torch.randint(
-            2**62, selected_N.shape, generator=generator, device=selected_N.device
-        )
+        random_N = torch.randint(2**62, selected_N.shape, generator=generator)
+        random_N = on_device(random_N, selected_N.device)
         capacity = min(self.max_negatives, len(selected_N))
         index_A = torch.where(selected_N, random_N, -1).topk(capacity).indices
         classes_A = torch.where(
@@ -281,10 +272,10 @@ class BoundaryNegatives:
         classes_A, image_A, index_A = (
             x[(classes_A * num_images + image_A).argsort()] for x in (classes_A, image_A, index_A)
         )
-        return PixelDraw(image_A, index_A - image_A * num_pixels, classes_A, None)
-
-
-def _class_counts(classes: Tensor, num_classes: int) -> Tensor:
-    """Number of pixels of each class 0..K-1, (K,) int64; class K is padding."""
-    counts = classes.new_zeros(num_classes + 1)
-    return counts.index_add_(0, classes, torch.ones_like(classes))[:-1]
+        pixel_A = index_A - image_A * num_pixels
+        if labels.device.type == "cpu":  # which knows how many there are
+            class_counts = classes_A.bincount(minlength=self.num_classes + 1)[:-1].tolist()
+            drawn = slice(sum(class_counts))
+            return PixelDraw(image_A[drawn], pixel_A[drawn], classes_A[drawn], tuple(class_counts))
+        labels_A = classes_A.masked_fill(classes_A == self.num_classes, -1)
+        return PixelDraw(image_A, pixel_A, labels_A, None)

@@ -114,7 +114,7 @@ class Contextrast(ContrastMethod):
 
     def terms(self, batch: Batch) -> list[Term | OwnTerm]:
         """One term for each layer."""
-        with torch.autocast(batch.labels.device.type, enabled=False):
+        with torch.autocast(batch.device.type, enabled=False):
             layers, means, anchors_IKD = self.class_anchors(batch)
             return self.pixel_anchor_terms(batch, layers, means, anchors_IKD)
 

@@ -155,7 +155,7 @@ class ContextrastPlus(Contextrast):
 
     def terms(self, batch: Batch) -> list[Term | OwnTerm]:
         """One term for each layer, and one for the anchors."""
-        with torch.autocast(batch.labels.device.type, enabled=False):
+        with torch.autocast(batch.device.type, enabled=False):
             layers, means, anchors_IKD = self.class_anchors(batch)
             terms = self.pixel_anchor_terms(batch, layers, means, anchors_IKD)
             anchors = self._current(means, anchors_IKD)
@@ -165,7 +165,7 @@ class ContextrastPlus(Contextrast):
     @torch.no_grad()
     def remember(self, batch: Batch) -> None:
         """Stores the current anchors in the memory."""
-        with torch.autocast(batch.labels.device.type, enabled=False):
+        with torch.autocast(batch.device.type, enabled=False):
             _, means, anchors_IKD = self.class_anchors(batch)
             anchors = self._current(means, anchors_IKD)
         parts = [[anchors.embeddings], [anchors.labels]]

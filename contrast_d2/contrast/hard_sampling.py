@@ -16,12 +16,14 @@ from .sampling import (
     Balance,
     Batch,
     budget_of_process,
+    class_counts,
+    count_pixels,
     draw_pixels,
     quotas_of_process,
     share_equally,
     sort_pixels,
 )
-from .sets import PixelDraw
+from .sets import PixelDraw, on_device
 
 Fill = Literal["random", "easy"]
 
@@ -45,8 +47,9 @@ class HardAnchorSampler:
       there are more hard ones instead.
 
     With `balance="class"` the anchors of a class are shared as equally as the pixel counts allow
-    among the images. `max_anchors` is shared by processes as in `BalancedSampler`. The host waits
-    for the device once per call, to learn how many pixels are drawn.
+    among the images. `max_anchors` is shared by processes as in `BalancedSampler`. Labels decide
+    how many pixels of a class are drawn, and only which of them depends on predictions: the host
+    does not wait for the device, unless the global batch is balanced.
 
     Args:
         num_classes: K.
@@ -104,7 +107,7 @@ class HardAnchorSampler:
     def draw(self, batch: Batch, features: Sequence[str]) -> list[PixelDraw]:
         """As in `Sampler`."""
         return self(
-            [batch.label_map(feature) for feature in features],
+            [batch.host_labels(feature) for feature in features],
             [batch.predictions(feature) for feature in features],
             batch.generator,
             batch.across_processes,
@@ -121,15 +124,15 @@ class HardAnchorSampler:
         """Draws anchors at every scale.
 
         Args:
-            label_maps: S integer maps (B, h, w), one per scale, of the same B images. A value
-                outside 0..K-1 is ignored.
-            prediction_maps: S integer maps (B, h, w) of predicted classes.
-            generator: source of the draw, on the labels' device; None for the default one.
+            label_maps: S integer maps (B, h, w) on the host, one per scale, of the same B images. A
+                value outside 0..K-1 is ignored.
+            prediction_maps: S integer maps (B, h, w) of predicted classes, on any device.
+            generator: source of the draw, on the host; None for the default one.
             across_processes: balance the global batch; every process has to make the call.
 
         Returns:
-            S draws, without repeated pixels; within a class and an image the hard quota comes
-            first. A draw may be empty.
+            S draws on the predictions' device, without repeated pixels; within a class and an image
+            the hard quota comes first. A draw may be empty.
 
         Raises:
             ValueError: a prediction map of another shape than its label map.
@@ -140,20 +143,25 @@ class HardAnchorSampler:
                     f"a prediction map {tuple(predictions.shape)} with a label map "
                     f"{tuple(labels.shape)}: resize both to the feature map."
                 )
-        pairs = list(zip(label_maps, prediction_maps, strict=True))
-        right = [labels == predictions for labels, predictions in pairs]
         budget = budget_of_process(self.max_anchors, across_processes)
-        pixels = sort_pixels(label_maps, self.num_classes, halves=right)
+        right, pixels, totals = [], [], []
+        for labels, predictions in zip(label_maps, prediction_maps, strict=True):
+            totals.append(count_pixels(labels, self.num_classes))
+            labels = on_device(labels, predictions.device)
+            right.append(labels == predictions)
+            pixels.append(sort_pixels(labels, self.num_classes, halves=right[-1]))
         quotas = quotas_of_process(
-            pixels.counts.unflatten(2, (-1, 2)),
+            torch.stack([x.counts for x in pixels]).unflatten(2, (-1, 2)),
             lambda counts: self._quotas(counts, budget),
             across_processes,
-        )
+        ).flatten(2)
+        of_classes = quotas
+        if not across_processes:
+            of_classes = self._wanted(self._units(torch.stack(totals)), budget)
         draws = draw_pixels(
-            label_maps,
             pixels,
-            quotas.flatten(2),
-            [self._capacity(label_map, budget) for label_map in label_maps],
+            quotas,
+            class_counts(of_classes),
             generator,
             from_remainder=self.fill_from == "random",
         )
@@ -162,15 +170,14 @@ class HardAnchorSampler:
             for draw, is_right in zip(draws, right, strict=True)
         ]
 
-    def _capacity(self, label_map: Tensor, budget: int) -> int:
-        """The most anchors that the budget allows."""
-        units = self.num_classes * (1 if self.balance == "class" else len(label_map))
-        return min(max(budget, _LEAST_PER_GROUP * units), label_map.numel())
+    def _units(self, counts: Tensor) -> Tensor:
+        """(S, K, B, ...) pixel counts -> those of the units of balance."""
+        return counts.sum(dim=2, keepdim=True) if self.balance == "class" else counts
 
     def _quotas(self, counts: Tensor, budget: int) -> Tensor:
         """(S, K, B, 2) numbers of wrong and right pixels -> quotas of hard anchors and others."""
         per_class = self.balance == "class"
-        wrong, right = (counts.sum(dim=2, keepdim=True) if per_class else counts).unbind(dim=3)
+        wrong, right = self._units(counts).unbind(dim=3)
         wanted = self._wanted(wrong + right, budget)
         hard = (wanted.double() * self.hard_share + 0.5).long()
         if self.fill_from == "easy":

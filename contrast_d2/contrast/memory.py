@@ -13,13 +13,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .sampling import draw_pixels, sort_pixels
+from .kernels.gather import gather_embeddings
+from .sampling import class_counts, draw_pixels, sort_pixels
 from .sets import (
     PixelSet,
     at_least_fp32,
-    gather_embeddings,
+    draws_on_device,
     gather_parts,
     joined_sets,
+    on_device,
     squared_lengths,
     unit_vectors,
 )
@@ -110,6 +112,8 @@ class RingBuffer(nn.Module):
         precision costs one step, and in the memory would spoil all that follow. The host does not
         wait for the device.
         """
+        if len(keys) == 0:
+            return
         rings, order = rings.masked_fill(~keys.isfinite().all(dim=1), -1).sort(stable=True)
         starts = torch.searchsorted(
             rings, torch.arange(len(self.sizes) + 1, device=rings.device, dtype=rings.dtype)
@@ -221,8 +225,9 @@ class MemoryBank(RingBuffer):
 
         Args:
             embeddings: (B, D, h, w), not normalised.
-            labels: (B, h, w) integers at the size of the map; others than 0..K-1 are ignored.
-            generator: source of the draw of pixels, on the labels' device; None for the default.
+            labels: (B, h, w) integers at the size of the map, on the host; others than 0..K-1 are
+                ignored.
+            generator: source of the draw of pixels, on the host; None for the default one.
 
         Raises:
             ValueError: labels of another size than the map, or a map of another width.
@@ -235,12 +240,12 @@ class MemoryBank(RingBuffer):
             )
         kinds = []
         if self.slots["regions"]:
-            kinds.append(_region_keys(embeddings, labels, self.num_classes))
+            of_pixels = on_device(labels, embeddings.device).long()
+            kinds.append(_region_keys(embeddings, of_pixels, self.num_classes))
         if self.slots["pixels"]:
             keys = self._pixel_keys(embeddings, labels, generator)
             # The ring of class c is c for its regions, K + c for its pixels.
-            rings = torch.where(keys.labels < 0, -1, keys.labels + self.num_classes)
-            kinds.append(keys._replace(labels=rings))
+            kinds.append(keys._replace(labels=keys.labels + self.num_classes))
         keys = joined_sets(kinds)
         self.push(*(torch.cat(x) for x in gather_parts(keys.embeddings, keys.labels)))
 
@@ -279,17 +284,11 @@ class MemoryBank(RingBuffer):
     def _pixel_keys(
         self, embeddings: Tensor, labels: Tensor, generator: torch.Generator | None
     ) -> PixelSet:
-        """Unit embeddings of random pixels of each (class, image), padded to a fixed size."""
-        pixels = sort_pixels([labels], self.num_classes)
-        most = self.num_classes * len(labels) * self.pixels_per_image
-        (draw,) = draw_pixels(
-            [labels],
-            pixels,
-            pixels.counts.clamp(max=self.pixels_per_image),
-            [min(most, labels.numel())],
-            generator,
-            fixed_size=True,
-        )
+        """Unit embeddings of random pixels of each (class, image)."""
+        pixels = sort_pixels(labels.cpu(), self.num_classes)
+        quotas = pixels.counts.clamp(max=self.pixels_per_image)[None]
+        draws = draw_pixels([pixels], quotas, class_counts(quotas), generator)
+        (draw,) = draws_on_device(draws, embeddings.device)
         return PixelSet(gather_embeddings(embeddings, draw.image, draw.pixel), draw.labels)
 
 
@@ -335,7 +334,7 @@ def _region_keys(embeddings: Tensor, labels: Tensor, num_classes: int) -> PixelS
     with torch.autocast(embeddings.device.type, enabled=False):
         rows_BDP = at_least_fp32(embeddings.flatten(2))
         lengths = squared_lengths(rows_BDP).sqrt_().clamp_(min=1e-12)
-        classes = labels.flatten(1).long()
+        classes = labels.flatten(1)
         known = (classes >= 0) & (classes < num_classes)
         # Each pixel weighs 1 / length in its class: no normalised copy of the map. What is
         # ignored goes to a further class.

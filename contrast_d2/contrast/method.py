@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .projector import MultiScaleProjector
 from .sampling import Batch, Sampler
-from .sets import PixelSet, joined_draws
+from .sets import PixelSet, draws_on_device
 from .terms import ContrastOutput, OwnTerm, Term, evaluate, loss_name
 
 # What padding and unlabelled pixels have in the labels of most data sets.
@@ -103,19 +103,18 @@ class ContrastMethod(nn.Module):
 
         Args:
             features: feature maps (B, C, h, w) by name; those without a head are ignored.
-            labels: (B, H, W) integer classes at full resolution.
+            labels: (B, H, W) integer classes at full resolution, best on the host: draws are made
+                there, and it waits for labels that are on a GPU.
             logits: (B, K, h', w') class scores of the segmentation head, at any resolution; for
                 methods that look at predictions. They receive no gradient.
             ignore_label: label of pixels that do not count; negative ones do not count either.
-            generator: source of random numbers, on the labels' device; None for the default one.
+            generator: source of random numbers, on the host; None for the default one.
 
         Returns:
             Losses by name, with their weights, and statistics by name.
 
         Raises:
-            ValueError: input that is not as described, or a missing map. Labels of K and above that
-                are not the ignore label raise on the CPU; on a GPU, where the host would have to
-                wait, they are ignored and count in the statistic `contrast/ignored_share`.
+            ValueError: input that is not as described, or a missing map.
         """
         check_input(features, self.projector.heads, labels, logits, self.num_classes)
         logits = None if logits is None else logits.detach()
@@ -126,7 +125,7 @@ class ContrastMethod(nn.Module):
     def sample(
         self, batch: Batch, features: Sequence[str], *samplers: Sampler | None
     ) -> list[dict[str, PixelSet]]:
-        """Draws pixels from maps and embeds them, with one gather per map.
+        """Draws pixels from maps and embeds them, with one gather for all of them.
 
         Args:
             batch: of this step.
@@ -136,16 +135,17 @@ class ContrastMethod(nn.Module):
         Returns:
             For each sampler, its sets by name of the map.
         """
-        draws = [None if sampler is None else sampler.draw(batch, features) for sampler in samplers]
+        drawn = [(i, x.draw(batch, features)) for i, x in enumerate(samplers) if x is not None]
+        moved = draws_on_device([draw for _, draws in drawn for draw in draws], batch.device)
+        # By map, and there by sampler.
+        by_feature = {f: moved[i :: len(features)] for i, f in enumerate(features)}
+        rows = self.projector.embed(batch.maps, by_feature)
         sets: list[dict[str, PixelSet]] = [{} for _ in samplers]
-        for number, feature in enumerate(features):
-            drawn = {i: draw[number] for i, draw in enumerate(draws) if draw is not None}
-            joined = joined_draws(list(drawn.values()))
-            rows = self.projector.embed(batch.maps, feature, joined)
-            parts = [rows]
-            if len(drawn) > 1:
-                parts = rows.split([len(draw.labels) for draw in drawn.values()])
-            for part, (i, draw) in zip(parts, drawn.items(), strict=True):
+        for feature, draws in by_feature.items():
+            parts: Sequence[Tensor] = [rows[feature]]
+            if len(draws) > 1:
+                parts = rows[feature].split([len(draw.labels) for draw in draws])
+            for part, (i, _), draw in zip(parts, drawn, draws, strict=True):
                 sets[i][feature] = PixelSet(part, draw.labels, draw.class_counts, feature, draw)
         return sets
 
@@ -188,19 +188,18 @@ def compute(
     """
     num_classes = next(iter(methods.values())).num_classes
     feature = next(iter(batch.maps))
-    if batch.labels.device.type == "cpu":
-        check_labels(batch.label_map(feature), num_classes, ignore_label)
+    check_labels(batch.host_labels(feature), num_classes, ignore_label)
     if 0 <= ignore_label < num_classes:  # what is no class is ignored everywhere
-        labels = batch.labels.masked_fill(batch.labels == ignore_label, num_classes)
+        labels = batch.labels.int().masked_fill(batch.labels == ignore_label, num_classes)
         batch = Batch(batch.maps, labels, batch.logits, batch.generator, batch.across_processes)
     batches = {prefix: batch.with_maps(maps[prefix]) for prefix in methods}
     if inspection is not None:
         inspection.begin(batch)
     terms: list[Term | OwnTerm] = []
     losses: dict[str, Tensor] = {}
-    label_map = batch.label_map(feature)
-    known = (label_map >= 0) & (label_map < num_classes)
-    statistics = {"contrast/ignored_share": 1 - known.float().mean()}
+    labels = batch.host_labels(feature)
+    ignored = 1 - float(((labels >= 0) & (labels < num_classes)).float().mean())
+    statistics = {"contrast/ignored_share": torch.full((), ignored, device=batch.device)}
     for prefix, method in methods.items():
         if method.memory is not None:
             statistics[f"contrast/{prefix}bank_fill"] = method.memory.fill_fraction()
@@ -278,7 +277,7 @@ def check_input(
 
 
 def check_labels(label_map: Tensor, num_classes: int, ignore_label: int) -> None:
-    """Raises ValueError where a map on the CPU has labels >= K other than the ignore label."""
+    """Raises ValueError where a map on the host has labels >= K other than the ignore label."""
     values = label_map.numpy()
     unknown = values[(values >= num_classes) & (values != ignore_label)]
     if unknown.size:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .sets import on_device
+
 
 class Outcomes(NamedTuple):
     """The pixels of a map, sorted by image, prediction and truth.
@@ -39,8 +41,8 @@ def sort_outcomes(
         labels: (B, h, w) integers; a pixel outside of 0..K-1 has no class.
         predictions: (B, h, w) int64 classes 0..K-1.
         num_classes: K.
-        visiting_order: (N,) int64 permutation of all pixels, in which those of the same outcome
-            are listed; None for raster order.
+        visiting_order: (N,) int64 permutation of all pixels, from the host, in which those of the
+            same outcome are listed; None for raster order.
     """
     num_images = len(labels)
     truth = labels.flatten(1).long()
@@ -57,6 +59,7 @@ def sort_outcomes(
     # The cost of the sort depends on the bytes of the keys.
     keys = keys.flatten().to(torch.int16 if no_class < 2**15 else torch.int32)
     if visiting_order is not None:
+        visiting_order = on_device(visiting_order, keys.device)
         keys = keys[visiting_order]
     sorted_keys, order = keys.sort(stable=True)
     if visiting_order is not None:

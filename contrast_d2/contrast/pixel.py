@@ -95,17 +95,17 @@ class PixelContrast(ContrastMethod):
         anchors = drawn[self.feature]
         contrast = [Side(anchors)]
         if self.memory is not None:
-            contrast.append(Side(self.memory.contrast_set(batch.generator)))
+            contrast.append(Side(self.memory.contrast_set(batch.device_generator())))
         if wrong:
             contrast = [side._replace(role="positives") for side in contrast]
             contrast.append(Side(wrong[self.feature], "negatives"))
         pairs = None
         if self.pairs is not None:
-            pairs = partial(self.pairs, generator=batch.generator)
+            pairs = partial(self.pairs, generator=batch.device_generator())
         return [Term(self.feature, anchors, contrast, self.temperature, self.weight, pairs)]
 
     def remember(self, batch: Batch) -> None:
         """Stores keys of the batch in the memory."""
         if self.memory is not None:
             embeddings = batch.maps[self.feature].detach()
-            self.memory.enqueue(embeddings, batch.label_map(self.feature), batch.generator)
+            self.memory.enqueue(embeddings, batch.host_labels(self.feature), batch.generator)

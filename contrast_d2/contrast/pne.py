@@ -25,12 +25,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .inspection import evenly_spread
+from .kernels.gather import gather_embeddings, gather_pixels
 from .log_ratios import Groups, Ranges, at, consecutive, expand, log_ratios
 from .method import ContrastMethod
 from .outcomes import Outcomes, sort_outcomes
 from .projector import MultiScaleProjector
 from .sampling import Batch
-from .sets import PixelDraw, at_least_fp32, gather_embeddings, gather_pixels, unit_vectors
+from .sets import PixelDraw, at_least_fp32, unit_vectors
 from .terms import OwnTerm, PairSample
 
 
@@ -136,9 +137,7 @@ class PNE(ContrastMethod):
         embeddings, label_map = batch.maps[self.feature], batch.label_map(self.feature)
         order = None
         if not self.official_code:
-            order = torch.randperm(
-                label_map.numel(), generator=batch.generator, device=label_map.device
-            )
+            order = torch.randperm(label_map.numel(), generator=batch.generator)
         outcomes = sort_outcomes(
             label_map, batch.predictions(self.feature), self.num_classes, order
         )

@@ -7,7 +7,7 @@ N drawn pixels.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .kernels.gather import gather_draws
 from .sets import (
     PixelDraw,
     at_least_fp32,
-    gather_embeddings,
-    gather_pixels,
     stack_processes,
     unit_vectors,
 )
@@ -251,11 +250,24 @@ class MultiScaleProjector(nn.Module):
             maps[name] = x
         return maps
 
-    def embed(self, maps: Mapping[str, Tensor], name: str, draw: PixelDraw) -> Tensor:
-        """(N, D) unit vectors of pixels drawn from one of the maps that `forward` returned."""
-        # The padding of a draw of fixed size can name a pixel twice, and so can joined draws.
-        distinct = draw.class_counts is not None
-        if self.projection == "dense":
-            return gather_embeddings(maps[name], draw.image, draw.pixel, distinct=distinct)
-        rows = gather_pixels(maps[name], draw.image, draw.pixel, distinct=distinct)
-        return unit_vectors(self.heads[name].project_rows(rows, draw.labels >= 0))  # pyright: ignore[reportCallIssue]
+    def embed(
+        self, maps: Mapping[str, Tensor], draws: Mapping[str, Sequence[PixelDraw]]
+    ) -> dict[str, Tensor]:
+        """Unit vectors of the pixels drawn from maps that `forward` returned.
+
+        Args:
+            maps: by name.
+            draws: from some of the maps.
+
+        Returns:
+            For each of these (N, D), the rows of one draw after those of the other.
+        """
+        dense = self.projection == "dense"
+        every = gather_draws([maps[name] for name in draws], list(draws.values()), normalize=dense)
+        rows = dict(zip(draws, every, strict=True))
+        if dense:
+            return rows
+        for name, of_map in draws.items():
+            valid = torch.cat([draw.labels for draw in of_map]) >= 0
+            rows[name] = unit_vectors(self.heads[name].project_rows(rows[name], valid))  # pyright: ignore[reportCallIssue]
+        return rows

@@ -1,11 +1,12 @@
 """Which pixels become anchors: labels at the size of a map, and class-balanced draws.
 
 Shape letters: S scales (label maps of one step), B images, K classes, G groups of a class at one
-scale, H W a label map, h w a feature map, A anchors of one scale.
+scale, H W a label map, h w a feature map, P its pixels, A anchors of one scale.
 
-The draw of a step is made for all scales together: a stable sort brings together the pixels of each
-group (one scale, class and image), budgets say how many to take from each, and random ranks say
-which. No loop runs over images or classes.
+Labels decide how many pixels are drawn of each class, and labels are known on the host: no draw
+waits for the device. A sort of each image brings together the pixels of a group (one scale, class
+and image), budgets say how many to take from each, and random ranks say which. No loop runs over
+classes.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from .sets import PixelDraw, stack_processes, world_size
+from .sets import PixelDraw, host_group, on_device, stack_processes, world_size
 
 Balance = Literal["class", "image_class"]
 
@@ -50,11 +52,15 @@ class Batch:
     """What a contrast method sees of one step.
 
     Args:
-        maps: feature or embedding maps (B, C, h, w) by name.
-        labels: (B, H, W) integers.
+        maps: feature or embedding maps (B, C, h, w) by name, all on one device.
+        labels: (B, H, W) integers. Draws are made on the host: it waits for labels that are not
+            there.
         logits: (B, K, h', w') class scores; None where there are none.
-        generator: source of random numbers, on the labels' device; None for the default one.
+        generator: source of random numbers, on the host; None for the default one.
         across_processes: balance and contrast the global batch, not the images of each process.
+
+    Attributes:
+        device: of the maps.
     """
 
     def __init__(
@@ -66,11 +72,13 @@ class Batch:
         across_processes: bool = False,
     ) -> None:
         self.maps = maps
-        self.labels = labels
+        self.labels = labels.cpu()
         self.logits = logits
         self.generator = generator
         self.across_processes = across_processes
+        self.device = next(iter(maps.values())).device
         self._at_size: dict[tuple[str, torch.Size], Tensor] = {}
+        self._device_generator: torch.Generator | None = None
 
     def with_maps(self, maps: Mapping[str, Tensor]) -> Batch:
         """The same step, seen on other maps."""
@@ -83,12 +91,19 @@ class Batch:
         each process has its own."""
         return stack_processes(values) if self.across_processes else values[None]
 
-    def label_map(self, feature: str) -> Tensor:
-        """(B, h, w) labels at the size of a map."""
-        key = "labels", self.maps[feature].shape[-2:]
+    def host_labels(self, feature: str) -> Tensor:
+        """(B, h, w) labels at the size of a map, on the host."""
+        key = "host", self.maps[feature].shape[-2:]
         if key not in self._at_size:
             # Contiguous, for it is read several times.
             self._at_size[key] = downsample_labels(self.labels, key[1]).contiguous()
+        return self._at_size[key]
+
+    def label_map(self, feature: str) -> Tensor:
+        """(B, h, w) int64 labels at the size of a map, on its device."""
+        key = "labels", self.maps[feature].shape[-2:]
+        if key not in self._at_size:
+            self._at_size[key] = on_device(self.host_labels(feature), self.device).long()
         return self._at_size[key]
 
     def scores(self, feature: str) -> Tensor:
@@ -113,12 +128,24 @@ class Batch:
                 self._at_size[key] = self.scores(feature).argmax(dim=1)
         return self._at_size[key]
 
+    def device_generator(self) -> torch.Generator | None:
+        """A source of random numbers on the maps' device, for as many as are best made there.
+
+        It is seeded by the host's, so that a step repeats on the same kind of device.
+        """
+        if self.device.type != "cuda":
+            return self.generator
+        if self._device_generator is None:
+            seed = int(torch.randint(2**62, (), generator=self.generator))
+            self._device_generator = torch.Generator(self.device).manual_seed(seed)
+        return self._device_generator
+
 
 class Sampler(Protocol):
     """Draws pixels from feature maps."""
 
     def draw(self, batch: Batch, features: Sequence[str]) -> list[PixelDraw]:
-        """One draw per feature map, grouped by class."""
+        """One draw per feature map, grouped by class; on the host, or on the maps' device."""
         ...
 
 
@@ -135,10 +162,6 @@ class BalancedSampler:
     its own images, though at least two anchors per class; across processes, pixels are counted in
     the global batch, and each process draws the share of its own images.
 
-    The host waits for the device once per call, to learn how many pixels are drawn. With
-    `fixed_size` it never waits: each scale gives min(`max_anchors`, B * h * w) slots, first the
-    pixels of the ordinary draw, then padding, which enters every product of the loss.
-
     Args:
         num_classes: K.
         balance: the unit of balance.
@@ -147,10 +170,9 @@ class BalancedSampler:
         max_per_group: most anchors per class (or pair); None for no such bound.
         min_per_class: least anchors per class (or pair) that has so many pixels; 0 as in the paper,
             where one object of five pixels leaves five anchors to every class.
-        fixed_size: pad the draws to a size that does not depend on the labels.
 
     Raises:
-        ValueError: an argument out of its range; in a call, `fixed_size` across processes.
+        ValueError: an argument out of its range.
 
     Reference: Pissas et al., ECCV 2022, section 3.3 ("anchor sampling").
     """
@@ -164,7 +186,6 @@ class BalancedSampler:
         min_pixels: int = 1,
         max_per_group: int | None = None,
         min_per_class: int = 0,
-        fixed_size: bool = False,
     ) -> None:
         if balance not in ("class", "image_class"):
             raise ValueError(f"balance={balance!r}: choose 'class' or 'image_class'.")
@@ -189,11 +210,10 @@ class BalancedSampler:
         self.min_pixels = min_pixels
         self.max_per_group = max_per_group
         self.min_per_class = min_per_class
-        self.fixed_size = fixed_size
 
     def draw(self, batch: Batch, features: Sequence[str]) -> list[PixelDraw]:
         """As in `Sampler`."""
-        label_maps = [batch.label_map(feature) for feature in features]
+        label_maps = [batch.host_labels(feature) for feature in features]
         return self(label_maps, batch.generator, batch.across_processes)
 
     @torch.no_grad()
@@ -206,30 +226,24 @@ class BalancedSampler:
         """Draws anchors at every scale.
 
         Args:
-            label_maps: S integer maps (B, h, w), one per scale, of the same B images. A value
-                outside 0..K-1 is ignored.
-            generator: source of the draw, on the labels' device; None for the default one.
+            label_maps: S integer maps (B, h, w) on the host, one per scale, of the same B images. A
+                value outside 0..K-1 is ignored.
+            generator: source of the draw; None for the default one.
             across_processes: balance the global batch; every process has to make the call.
 
         Returns:
-            S draws, without repeated pixels. A draw may be empty (or all padding).
+            S draws, without repeated pixels. A draw may be empty.
         """
-        if self.fixed_size and across_processes:
-            raise ValueError(
-                "fixed_size=True with across_processes=True: budgets of the global batch pass "
-                "through the host. Set one of them to False."
-            )
         # Two anchors of each class are the least with which it has a positive pair.
         budget = budget_of_process(self.max_anchors, across_processes)
         budget = max(budget, 2 * self.num_classes)
-        pixels = sort_pixels(label_maps, self.num_classes)
+        pixels = [sort_pixels(label_map, self.num_classes) for label_map in label_maps]
         quotas = quotas_of_process(
-            pixels.counts, lambda counts: self._quotas(counts, budget), across_processes
+            torch.stack([x.counts for x in pixels]),
+            lambda counts: self._quotas(counts, budget),
+            across_processes,
         )
-        capacities = [min(budget, label_map.numel()) for label_map in label_maps]
-        return draw_pixels(
-            label_maps, pixels, quotas, capacities, generator, fixed_size=self.fixed_size
-        )
+        return draw_pixels(pixels, quotas, class_counts(quotas), generator)
 
     def _quotas(self, counts: Tensor, budget: int) -> Tensor:
         """Applies the budget: (S, K, B) pixel counts -> (S, K, B) quotas."""
@@ -265,142 +279,144 @@ def quotas_of_process(
         quotas_of: the counts of all images -> their quotas, likewise.
 
     Returns:
-        (S, K, B, ...) quotas, on the CPU where there are several processes.
+        (S, K, B, ...) quotas; on the host where there are several processes, and then it waits.
     """
     if not across_processes or world_size() == 1:
         return quotas_of(counts)
-    counts = counts.cpu()  # the only wait for the device, in this case
+    counts = counts.cpu()
     gathered: list[Tensor] = [counts] * world_size()
-    dist.all_gather_object(gathered, counts)
+    dist.all_gather_object(gathered, counts, group=host_group())
     quotas = quotas_of(torch.cat(gathered, dim=2))
     return quotas.split([part.shape[2] for part in gathered], dim=2)[dist.get_rank()]
 
 
-class SortedPixels(NamedTuple):
-    """The pixels of all scales in the order of their groups.
+def class_counts(quotas: Tensor) -> list[tuple[int, ...]]:
+    """How many pixels each class gives at each scale, by quotas (S, K, G) on the host."""
+    return [tuple(row) for row in quotas.sum(dim=2).tolist()]
 
-    Groups are numbered by scale, class -1..K, image (and half). Classes -1 and K hold what lies
-    below and above the range of labels: ignored pixels need no mask this way.
+
+def count_pixels(label_map: Tensor, num_classes: int) -> Tensor:
+    """(K, B) int64 pixels of each class in each image of a map (B, h, w)."""
+    known = (label_map >= 0) & (label_map < num_classes)
+    images = torch.arange(len(label_map), device=label_map.device) * (num_classes + 1)
+    keys = torch.where(known, label_map.long(), num_classes) + images[:, None, None]
+    counts = torch.bincount(keys.flatten(), minlength=len(label_map) * (num_classes + 1))
+    return counts.view(len(label_map), -1)[:, :-1].T
+
+
+_KEY_TYPES = (torch.uint8, torch.int16, torch.int32)
+
+
+class SortedPixels(NamedTuple):
+    """The pixels of a label map by group, on any device.
 
     Attributes:
-        order: (pixels,) int64, the pixels, row-major within each group.
-        bounds: (S * (K + 2) * G + 1,) int64, where in `order` the groups begin and end.
-        counts: (S, K, G) int64, pixels of each group of a class 0..K-1. G is B, or 2 B where the
+        order: (B, P) int64, the pixels of each image, by class and half, row-major within each.
+        first: (K, G) int64, where in `order.flatten()` each group begins. G is B, or 2 B where the
             images are halved.
+        counts: (K, G) int64, pixels of each group.
     """
 
     order: Tensor
-    bounds: Tensor
+    first: Tensor
     counts: Tensor
 
 
-def sort_pixels(
-    label_maps: Sequence[Tensor], num_classes: int, halves: Sequence[Tensor] | None = None
-) -> SortedPixels:
-    """Sorts the pixels of all scales by group.
+def sort_pixels(label_map: Tensor, num_classes: int, halves: Tensor | None = None) -> SortedPixels:
+    """Sorts the pixels of each image by class.
 
     Args:
-        label_maps: S integer maps (B, h, w), of the same B images.
+        label_map: (B, h, w) integers; others than 0..K-1 are in no group.
         num_classes: K.
-        halves: S bool maps (B, h, w) that divide each group in two, first the pixels that are
-            False; None for whole groups.
+        halves: (B, h, w) bool that divides each group in two, first the pixels that are False; None
+            for whole groups.
     """
-    num_images, device = label_maps[0].shape[0], label_maps[0].device
-    num_scales, groups_per_class = len(label_maps), num_images * (1 if halves is None else 2)
-    num_groups = num_scales * (num_classes + 2) * groups_per_class
-    sizes = [label_map.numel() for label_map in label_maps]
-    labels = torch.empty(
-        sum(sizes), dtype=torch.promote_types(label_maps[0].dtype, torch.int32), device=device
-    )
-    for label_map, part in zip(label_maps, labels.split(sizes), strict=True):
-        part.view_as(label_map).copy_(label_map)
+    num_keys = num_classes if halves is None else 2 * num_classes
     # The sort is the largest cost, and it depends on the bytes of the keys.
-    dtype = torch.int16 if num_groups < 2**15 else torch.int32
-    keys = labels.clamp_(-1, num_classes).to(dtype)
-    images = torch.arange(num_images, dtype=dtype, device=device)[:, None]
-    for scale, part in enumerate(keys.split(sizes)):
-        part = part.view(num_images, -1)
-        first = (scale * (num_classes + 2) + 1) * num_images
-        torch.add(images + first, part, alpha=num_images, out=part)
-        if halves is not None:
-            part.mul_(2).add_(halves[scale].flatten(1))
-    sorted_keys, order = torch.sort(keys, stable=True)
-    numbers = torch.arange(num_groups + 1, dtype=dtype, device=device)
-    bounds = torch.searchsorted(sorted_keys, numbers)
-    counts = bounds.diff().view(num_scales, num_classes + 2, groups_per_class)
-    return SortedPixels(order, bounds, counts[:, 1:-1])
+    dtype = next(x for x in _KEY_TYPES if num_keys < torch.iinfo(x).max)
+    keys = label_map
+    if keys.dtype != torch.uint8:
+        keys = keys.masked_fill(keys < 0, num_classes)
+    most = min(num_classes, torch.iinfo(keys.dtype).max)
+    keys = keys.clamp(max=most).to(dtype)  # the ignored ones come last
+    if halves is not None:
+        keys = (keys * 2 + halves).clamp_(max=num_keys)
+    keys = keys.flatten(1)
+    order = stable_order(keys)
+    numbers = torch.arange(num_keys + 1, dtype=dtype, device=keys.device).expand(len(keys), -1)
+    bounds = torch.searchsorted(keys.gather(1, order), numbers.contiguous())
+    starts = torch.arange(len(keys), device=keys.device)[:, None] * keys.shape[1]
+
+    def by_group(values: Tensor) -> Tensor:
+        return values.unflatten(1, (num_classes, -1)).transpose(0, 1).flatten(1)
+
+    return SortedPixels(order, by_group(bounds[:, :-1] + starts), by_group(bounds.diff(dim=1)))
+
+
+def stable_order(keys: Tensor) -> Tensor:
+    """(B, P) int64 indices that sort each row, equal keys in their order."""
+    if keys.device.type == "cpu":  # numpy has a radix sort for small integers
+        return torch.from_numpy(np.argsort(keys.numpy(), axis=1, kind="stable"))
+    return torch.sort(keys, dim=1, stable=True).indices
 
 
 def draw_pixels(
-    label_maps: Sequence[Tensor],
-    pixels: SortedPixels,
+    pixels: Sequence[SortedPixels],
     quotas: Tensor,
-    capacities: Sequence[int],
+    class_counts: Sequence[tuple[int, ...]],
     generator: torch.Generator | None,
     *,
-    fixed_size: bool = False,
     from_remainder: bool = False,
 ) -> list[PixelDraw]:
-    """Draws pixels from each group at random, none twice.
-
-    The host waits for the device once, to learn how many they are, or with `fixed_size` never.
+    """Draws pixels from each group at random, none twice, without waiting for the device.
 
     Args:
-        label_maps: S integer maps (B, h, w).
-        pixels: those of the label maps.
-        quotas: (S, K, G) int64, how many pixels to draw from each group, at most its count.
-        capacities: S ints, at least the draws of the scale.
-        generator: source of the draw, on the labels' device; None for the default one.
-        fixed_size: pad the draw of each scale to its capacity.
+        pixels: of S scales.
+        quotas: (S, K, G) int64, how many pixels to draw from each group, at most its count; on the
+            host, or on the pixels' device.
+        class_counts: for each scale the K sums over the groups of a class, which the host knows.
+        generator: source of the draw, on the host; None for the default one.
         from_remainder: for halved groups, draw the quota of a second half from what the draw of
             the first one leaves of both.
 
     Returns:
-        S draws, grouped by class, then by image (and half).
+        S draws on the pixels' device, grouped by class, then by image (and half).
     """
-    device, num_pixels = label_maps[0].device, pixels.order.numel()
-    num_classes, groups_per_class = quotas.shape[1:]
-    # As many random numbers as slots in either mode: the generator advances by the same amount
-    # whatever the labels are.
-    random = torch.randint(2**62, (sum(capacities),), generator=generator, device=device)
+    device = pixels[0].order.device
+    lengths = [sum(of_scale) for of_scale in class_counts]
+    total = sum(lengths)
+    random = on_device(torch.randint(2**62, (total,), generator=generator), device)
+    quota = on_device(quotas, device).flatten()
+    size = torch.stack([x.counts for x in pixels]).flatten()
+    starts = list(accumulate((x.order.numel() for x in pixels), initial=0))[:-1]
+    first = torch.stack([x.first + n for x, n in zip(pixels, starts, strict=True)]).flatten()
 
-    class_counts: list[tuple[int, ...] | None] = [None] * len(label_maps)
-    lengths = capacities
-    if not fixed_size:
-        per_class = quotas.sum(dim=2).cpu().numpy()  # the only wait for the device
-        class_counts = [tuple(row) for row in per_class.tolist()]
-        lengths = per_class.sum(axis=1).tolist()
-    starts = accumulate(capacities, initial=0)
-    slots = torch.cat(
-        [torch.arange(i, i + n, device=device) for i, n in zip(starts, lengths, strict=False)]
-    )
+    group = torch.repeat_interleave(quota, output_size=total)
+    rank = torch.arange(total, device=device) - (quota.cumsum(dim=0) - quota)[group]
+    leader = group
+    if from_remainder:
+        # A second half goes on with the shuffle of the first, now over the pixels of both.
+        second = group % 2
+        leader = group - second
+        rank = rank + second * quota[leader]
+        size_of_draw = size[leader] * second + size[group]
+    else:
+        size_of_draw = size[group]
+    index = draw_without_replacement(first[leader], size_of_draw, rank, random)
+    chosen = [
+        x.order.flatten()[of_scale - n]
+        for x, of_scale, n in zip(pixels, index.split(lengths), starts, strict=True)
+    ]
 
-    # Safe from pageable memory: the copy takes the values before it returns.
-    quotas = quotas.to(device, non_blocking=True)
-    group, first_slot = _group_of_slots(slots, quotas, capacities)
-    labels = group // groups_per_class % (num_classes + 2) - 1
-    padding = labels == num_classes
-    # A second half goes on with the shuffle of the first, now over the pixels of both.
-    leader = group - group % 2 if from_remainder else group
-    # Padding is beyond all pixels, where it is in nobody's way.
-    first = pixels.bounds[leader].masked_fill_(padding, num_pixels)
-    size = pixels.bounds[group + 1] - first
-    index = draw_without_replacement(first, size, slots - first_slot[leader], random[slots])
-    chosen = pixels.order[index % num_pixels]
-    labels.masked_fill_(padding, -1)
-
-    draws, first_pixel = [], 0
-    for label_map, chosen_s, labels_s, counts_s in zip(
-        label_maps, chosen.split(lengths), labels.split(lengths), class_counts, strict=True
-    ):
-        # Padding may have come upon a pixel of another scale. The remainders keep it spread:
-        # gradients that all fall on one pixel would have to queue.
-        index = (chosen_s - first_pixel) % label_map.numel()
-        per_image = label_map[0].numel()
-        image = index.div(per_image, rounding_mode="floor")
-        draws.append(PixelDraw(image, index - image * per_image, labels_s, counts_s))
-        first_pixel += label_map.numel()
-    return draws
+    num_images, (_, num_classes, groups_per_class) = len(pixels[0].order), quotas.shape
+    image = group.div(groups_per_class // num_images, rounding_mode="floor") % num_images
+    labels = group.div(groups_per_class, rounding_mode="floor") % num_classes
+    return [
+        PixelDraw(*part)
+        for part in zip(
+            image.split(lengths), chosen, labels.split(lengths), class_counts, strict=True
+        )
+    ]
 
 
 def share_equally(counts: Tensor, wanted: Tensor) -> Tensor:
@@ -472,25 +488,3 @@ def draw_without_replacement(first: Tensor, size: Tensor, rank: Tensor, random: 
     for _ in range(len(first).bit_length()):  # no chain is longer than the draws are many
         origin = origin.index_select(0, origin)
     return torch.where(earlier == number, swapped, own[origin[earlier]])
-
-
-def _group_of_slots(
-    slots: Tensor, quotas: Tensor, capacities: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """The group that each slot draws from.
-
-    Args:
-        slots: (A,) int64 numbers of slots; each scale has as many as its capacity.
-        quotas: (S, K, G) int64 draws from each group.
-        capacities: S ints, at least the draws of the scale.
-
-    Returns:
-        (A,) int64 groups, with numbers for the classes -1..K, and (S * (K + 2) * G,) int64 slots
-        with which the groups begin. Slots past the draws of their scale are padding: their group
-        is the last one of class K.
-    """
-    quotas = F.pad(quotas, (0, 0, 1, 1))
-    room = torch.cat([quotas.new_full((1,), capacity) for capacity in capacities])
-    quotas[:, -1, -1] = room - quotas.sum(dim=(1, 2))
-    ends = quotas.flatten().cumsum(dim=0)
-    return torch.searchsorted(ends, slots, right=True), ends - quotas.flatten()

@@ -7,12 +7,12 @@ set, G planes of one group.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 from torch.nn import functional as F
 
 
@@ -22,8 +22,8 @@ class PixelDraw(NamedTuple):
     Attributes:
         image: (N,) int64, index of the image in the batch.
         pixel: (N,) int64, row-major index of the pixel in the (h, w) map.
-        labels: (N,) int64, class of the pixel. A draw of fixed size ends in padding: label -1, with
-            valid indices of no meaning.
+        labels: (N,) int64, class of the pixel. A draw whose size predictions decide is padded
+            on a GPU: label -1, with valid indices of no meaning. None is there twice.
         class_counts: number of pixels of each class 0..K-1, host integers; None where the host does
             not know.
         wrong: (N,) bool, whether the network predicts another class; None without predictions.
@@ -70,14 +70,6 @@ class KernelResult(NamedTuple):
     num_valid: Tensor
     d_anchors: Tensor | None
     d_contrast: Tensor | None
-
-
-def joined_draws(draws: Sequence[PixelDraw]) -> PixelDraw:
-    """The pixels of several draws from one map, one draw after the other."""
-    if len(draws) == 1:
-        return draws[0]
-    image, pixel, labels = (torch.cat(parts) for parts in list(zip(*draws, strict=True))[:3])
-    return PixelDraw(image, pixel, labels, None)
 
 
 def joined_sets(sets: Sequence[PixelSet]) -> PixelSet:
@@ -148,32 +140,7 @@ def _mean(total: Tensor, count: Tensor) -> Tensor:
     return torch.where(count > 0, total / count, torch.nan)
 
 
-# ---- reading pixels off a map
-
-
-def gather_pixels(maps: Tensor, image: Tensor, pixel: Tensor, *, distinct: bool = False) -> Tensor:
-    """Reads the channels of drawn pixels, with one scatter into the map's gradient.
-
-    The result cannot be differentiated twice.
-
-    Args:
-        maps: (B, C, h, w), in any memory format, which the gradient shares.
-        image: (N,) int64, index in 0..B-1 of each pixel.
-        pixel: (N,) int64, row-major index in 0..h*w-1 of each pixel.
-        distinct: no pixel is drawn twice, so that gradients are written and not added up. This is
-            not checked.
-
-    Returns:
-        (N, C), of the same dtype, connected to the graph even where N = 0.
-    """
-    return _Gather.apply(maps, image, pixel, distinct, False)
-
-
-def gather_embeddings(
-    embeddings: Tensor, image: Tensor, pixel: Tensor, *, distinct: bool = False
-) -> Tensor:
-    """Reads pixels off an embedding map (B, D, h, w), as `gather_pixels`, at length 1: (N, D)."""
-    return _Gather.apply(embeddings, image, pixel, distinct, True)
+# ---- rows and vectors
 
 
 def unit_vectors(rows: Tensor) -> Tensor:
@@ -207,104 +174,27 @@ def refuse_second_derivative(name: str) -> None:
         raise RuntimeError(f"{name} cannot be differentiated twice: leave out create_graph.")
 
 
-class _Gather(Function):
-    """Reads pixels and, where asked for, brings them to length 1."""
-
-    @staticmethod
-    def forward(
-        ctx, maps: Tensor, image: Tensor, pixel: Tensor, distinct: bool, normalize: bool
-    ) -> Tensor:
-        ctx.shape, ctx.dtype, ctx.distinct = maps.shape, maps.dtype, distinct
-        last = maps.stride(1) == 1 and not maps.is_contiguous()
-        ctx.memory_format = torch.channels_last if last else torch.contiguous_format
-        width = maps.shape[3]
-        if maps.is_contiguous():
-            rows = _read_planes(maps, image, pixel)
-        else:
-            rows = maps.permute(0, 2, 3, 1)[image, pixel // width, pixel % width]
-        lengths = None
-        if normalize:
-            rows = at_least_fp32(rows)
-            lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-12)
-            rows = rows / lengths
-        ctx.save_for_backward(image, pixel, rows if normalize else None, lengths)
-        return rows
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative("gather_pixels")
-        image, pixel, units, lengths = ctx.saved_tensors
-        if units is not None:
-            along = (units * grad).sum(dim=1, keepdim=True)
-            grad = torch.addcmul(grad, units, along, value=-1).div_(lengths)
-        grad = grad.to(ctx.dtype)
-        d_maps = torch.empty(
-            ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=ctx.memory_format
-        )
-        if ctx.memory_format == torch.contiguous_format:
-            _write_planes(d_maps, image, pixel, grad, add=not ctx.distinct)
-        else:
-            rows = image, pixel // ctx.shape[3], pixel % ctx.shape[3]
-            d_maps.zero_()
-            d_maps.permute(0, 2, 3, 1).index_put_(rows, grad, accumulate=not ctx.distinct)
-        return d_maps, None, None, None, None
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Values from the host on a device, without waiting for it; others as they are."""
+    if device.type == "cuda" and not values.is_cuda:
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
-# The channels of a pixel lie a plane (h, w) apart. Pixel by pixel, a CPU would miss every cache and
-# page table at each step, so one plane is read after the other, by all pixels. In groups of planes,
-# a gradient is still in the cache from its zero-fill when the rows are written into it.
-_GROUP_BYTES = 8 << 20
-
-
-def _read_planes(maps: Tensor, image: Tensor, pixel: Tensor) -> Tensor:
-    """(N, C) from a contiguous map."""
-    rows_CN = maps.new_empty(maps.shape[1], image.shape[0])
-    index, groups = _plane_groups(maps, image, pixel)
-    if maps.numel() <= torch.iinfo(torch.int32).max:
-        index = index.int()  # a fifth faster
-    for channels, plane in groups:
-        rows = rows_CN[channels]
-        torch.index_select(
-            maps.view(-1)[plane:], 0, index[: rows.shape[0]].view(-1), out=rows.view(-1)
-        )
-    return rows_CN.T.contiguous()
-
-
-def _write_planes(
-    d_maps: Tensor, image: Tensor, pixel: Tensor, d_rows: Tensor, *, add: bool
-) -> None:
-    """Fills a contiguous map with zeros, and with (N, C) rows where pixels were drawn."""
-    rows_CN = d_rows.T.contiguous()
-    index, groups = _plane_groups(d_maps, image, pixel)
-    for channels, plane in groups:
-        d_maps[:, channels].zero_()
-        rest = d_maps.view(-1)[plane:]
-        rows = rows_CN[channels]
-        write = rest.scatter_add_ if add else rest.scatter_
-        write(0, index[: rows.shape[0]].view(-1), rows.view(-1))
-
-
-def _plane_groups(
-    maps: Tensor, image: Tensor, pixel: Tensor
-) -> tuple[Tensor, list[tuple[slice, int]]]:
-    """Divides the channels of a contiguous map into groups; on a GPU all make one.
-
-    Returns:
-        (G, N) indices of the pixels in the planes of a group, and for each group its channels and
-        the index of its first element.
-    """
-    batch, channels, height, width = maps.shape
-    plane = height * width
-    size = channels
-    if maps.device.type == "cpu":
-        size = min(max(1, _GROUP_BYTES // max(1, batch * plane * maps.element_size())), channels)
-    index = image * (channels * plane) + pixel
-    index = index + torch.arange(size, device=maps.device)[:, None] * plane
-    groups = [
-        (slice(first, min(first + size, channels)), first * plane)
-        for first in range(0, channels, size)
+def draws_on_device(draws: Sequence[PixelDraw], device: torch.device) -> list[PixelDraw]:
+    """Draws on a device, by one copy for all that are on the host."""
+    host = [draw for draw in draws if draw.image.device != device]
+    if not host:
+        return list(draws)
+    columns = torch.cat([torch.stack([x.image, x.pixel, x.labels]) for x in host], dim=1)
+    parts = on_device(columns, device).split([len(x.image) for x in host], dim=1)
+    moved = iter(parts)
+    return [
+        draw
+        if draw.image.device == device
+        else draw._replace(**dict(zip(("image", "pixel", "labels"), next(moved), strict=True)))
+        for draw in draws
     ]
-    return index, groups
 
 
 # ---- collecting over processes
@@ -315,11 +205,17 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+@cache
+def host_group() -> dist.ProcessGroup | None:
+    """A group of all processes that exchanges what is on the host; None where the default does."""
+    return None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")  # pyright: ignore[reportReturnType]
+
+
 def gather_parts(*tensors: Tensor) -> list[list[Tensor]]:
     """The rows (N, ...) of all processes.
 
     Gradients flow back to the process that a row came from. Every process has to make the call, in
-    the same order, and to run its backward pass. The host waits for the sizes of the others.
+    the same order, and to run its backward pass. Sizes are exchanged between the hosts.
 
     Args:
         tensors: with the same N, which may differ between processes.
@@ -331,9 +227,9 @@ def gather_parts(*tensors: Tensor) -> list[list[Tensor]]:
         return [[x] for x in tensors]
     from torch.distributed.nn.functional import all_gather  # not in every build of torch
 
-    own = torch.tensor([len(tensors[0])], device=tensors[0].device)
+    own = torch.tensor([len(tensors[0])])
     sizes = [torch.zeros_like(own) for _ in range(world_size())]
-    dist.all_gather(sizes, own)
+    dist.all_gather(sizes, own, group=host_group())
     counts = torch.cat(sizes).tolist()
     gathered = []
     for x in tensors:

@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn import functional as F
 
+from .grouped import grouped_info_nce, is_available
 from .info_nce_sorted import is_exact, sorted_info_nce
-from .info_nce_triton import is_available, triton_info_nce
 from .sets import (
     ClassSums,
     KernelResult,
@@ -187,20 +187,11 @@ def evaluate(
     processes = world_size() if across_processes else 1
     own = [term for term in terms if isinstance(term, Term)]
     sides = _sides_of_all(own) if processes > 1 else [term.contrast for term in own]
-    sums = [_info_nce(term, contrast) for term, contrast in zip(own, sides, strict=True)]
-    counts = [_count(term, valid) for term, (_, valid) in zip(own, sums, strict=True)]
-    if processes > 1 and counts:
-        all_counts = torch.stack(counts)
-        dist.all_reduce(all_counts)
-        counts = list(all_counts)
-    shares = {
-        term.name: (total / count.clamp(min=1)).to(term.anchors.embeddings.dtype)
-        for term, (total, _), count in zip(own, sums, counts, strict=True)
-    }
+    losses = _losses(own, sides, processes)
     statistics = _statistics(own, sides, num_classes)
     for term in terms:
         if isinstance(term, OwnTerm):
-            shares[term.name] = term.share
+            losses[term.name] = term.weight * processes * term.share
             statistics[term.name] = dict(term.statistics)
     if observer is not None:
         for term, contrast in zip(own, sides, strict=True):
@@ -208,10 +199,8 @@ def evaluate(
         for term in terms:
             if isinstance(term, OwnTerm):
                 observer.see_own_term(term)
-    # The shares add up to the loss times the number of processes, by which DistributedDataParallel
-    # divides the gradients, and the trainer the losses that it logs.
     return ContrastOutput(
-        {loss_name(term.name): term.weight * processes * shares[term.name] for term in terms},
+        {loss_name(term.name): losses[term.name] for term in terms},
         {
             f"contrast/{term.name}/{quantity}": value.detach()
             for term in terms
@@ -238,13 +227,14 @@ def info_nce(
 ) -> Tensor:
     """Supervised InfoNCE of anchors against a contrast set, exact and in linear memory.
 
-    Value and gradient are computed together, block by block of the similarity matrix, so neither an
-    A x C matrix nor a graph over one is ever held. Gradients reach both sets. The result cannot be
-    differentiated twice. Similarities are fp32 (fp64 for fp64 input), whatever autocast says.
+    Everything is computed block by block of the similarity matrix, so neither an A x C matrix nor a
+    graph over one is ever held. Gradients reach both sets. The result cannot be differentiated
+    twice. Similarities are fp32 (fp64 for fp64 input), whatever autocast says; but see `grouped`
+    for GPUs.
 
     Args:
-        anchors: (A, D) unit vectors. Much longer ones leave the range of fp32 on the CPU, and the
-            loss is then not finite.
+        anchors: (A, D) unit vectors. Much longer ones leave the range of fp32, and the loss is then
+            not finite.
         labels: (A,) integer classes. A negative label is padding: no anchor.
         contrast: (C, D) unit vectors; None contrasts the anchors among themselves, each without
             itself.
@@ -289,9 +279,11 @@ def info_nce(
         raise ValueError("contrast, contrast_labels and anchors_lead_contrast go together.")
     else:
         everything = None
-    total, valid = _sum_of_losses(
-        PixelSet(anchors, labels), everything, temperature, anchors_lead_contrast, pairs
-    )
+    own = PixelSet(anchors, labels)
+    everything = everything or own
+    lead = own if anchors_lead_contrast else everything
+    term = Term("", own, [Side(lead)], temperature, pairs=pairs)
+    ((total, valid),) = _sums_of_losses([term], [[Side(everything)]])
     count = (labels >= 0).sum() if count_empty_anchors else valid
     return (total / count.clamp(min=1)).to(at_least_fp32(anchors).dtype)
 
@@ -317,8 +309,56 @@ def _sides_of_all(terms: Sequence[Term]) -> list[Sequence[Side]]:
     ]
 
 
+def _losses(
+    terms: Sequence[Term], sides: Sequence[Sequence[Side]], processes: int
+) -> dict[str, Tensor]:
+    """The weighted losses by term, in a few operations for all.
+
+    Those of all processes add up to the loss times their number, by which DistributedDataParallel
+    divides the gradients, and the trainer the losses that it logs.
+    """
+    if not terms:
+        return {}
+    totals, valid = zip(*_sums_of_losses(terms, sides), strict=True)
+    counts = [
+        ((term.anchors.labels >= 0).sum() if term.count_empty else number).float()
+        for term, number in zip(terms, valid, strict=True)
+    ]
+    counts = torch.stack(counts)
+    if processes > 1:
+        dist.all_reduce(counts)
+    means = torch.stack(totals) / counts.clamp(min=1)
+    weights = torch.tensor(
+        [term.weight * processes for term in terms],
+        dtype=means.dtype,
+        pin_memory=means.is_cuda,
+    )
+    losses = means * weights.to(means.device, non_blocking=True)
+    return {
+        term.name: loss.to(at_least_fp32(term.anchors.embeddings).dtype)
+        for term, loss in zip(terms, losses.unbind(), strict=True)
+    }
+
+
+def _sums_of_losses(
+    terms: Sequence[Term], sides: Sequence[Sequence[Side]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Per term the sum over its anchors of the mean loss over their positives, and their number."""
+    together = {
+        number: part
+        for number, (term, part) in enumerate(zip(terms, sides, strict=True))
+        if term.pairs is None and is_available(term.anchors.embeddings, term.temperature)
+    }
+    sums = grouped_info_nce([terms[number] for number in together], list(together.values()))
+    found = dict(zip(together, sums, strict=True))
+    return [
+        found[number] if number in found else _info_nce(term, part)
+        for number, (term, part) in enumerate(zip(terms, sides, strict=True))
+    ]
+
+
 def _info_nce(term: Term, sides: Sequence[Side]) -> tuple[Tensor, Tensor]:
-    """Sum over the anchors of a term of the mean loss over their positives, and their number."""
+    """As `_sums_of_losses`, of one term."""
     contrast, pairs = joined_sets([side.set for side in sides]), term.pairs
     if any(side.role != "both" for side in sides):
         pairs = _by_role(sides)
@@ -343,11 +383,6 @@ def _by_role(sides: Sequence[Side]) -> PairSelector:
     return select
 
 
-def _count(term: Term, valid: Tensor) -> Tensor:
-    """Number of anchors of this process that the mean of a term runs over, 0-dim."""
-    return ((term.anchors.labels >= 0).sum() if term.count_empty else valid).float()
-
-
 def _sum_of_losses(
     anchors: PixelSet,
     contrast: PixelSet | None,
@@ -357,15 +392,13 @@ def _sum_of_losses(
 ) -> tuple[Tensor, Tensor]:
     """As `_info_nce`, by the kernel for such sets; None contrasts the anchors with each other.
 
-    A Triton kernel on CUDA; on the CPU one that sorts by class; and plain PyTorch for all else:
-    fp64 on CUDA, GPUs without Triton, on the CPU temperatures below about 0.03, chosen pairs.
+    On the CPU one that sorts by class; and plain PyTorch for all else: fp64 on CUDA, GPUs without
+    Triton, temperatures below about 0.03, chosen pairs.
     """
     rows, samples = at_least_fp32(anchors.embeddings), anchors if contrast is None else contrast
     kernel: Callable[..., KernelResult] = masked_info_nce
     if pairs is not None:
         kernel = partial(masked_info_nce, pairs=pairs)
-    elif rows.dtype == torch.float32 and is_available(rows):
-        kernel = triton_info_nce
     elif rows.device.type == "cpu" and is_exact(temperature, len(samples.labels)):
         kernel = sorted_info_nce
 
@@ -507,7 +540,9 @@ def _statistics(
         return stacked([sums([s.set for s in part if s.role in ("both", role)]) for part in sides])
 
     anchors = stacked([sums([term.anchors]) for term in terms])
-    positives, negatives = with_role("positives"), with_role("negatives")
+    positives = with_role("positives")
+    roles = any(side.role != "both" for part in sides for side in part)
+    negatives = with_role("negatives") if roles else positives
     numbers = anchors.counts.sum(dim=1)
     zero = numbers.new_zeros(())
     holds = [term.holds_anchors for term in terms]
@@ -515,11 +550,14 @@ def _statistics(
         torch.stack([x if held else zero for x, held in zip(values, holds, strict=True)])
         for values in (anchors.squares, numbers)
     ]
+    positive, negative = mean_similarities(anchors, positives, *own)
+    if roles:
+        negative = mean_similarities(anchors, negatives)[1]
     quantities = {
         "anchors": numbers,
         "classes": (anchors.counts > 0).sum(dim=1).to(numbers.dtype),
-        "positive_similarity": mean_similarities(anchors, positives, *own)[0],
-        "negative_similarity": mean_similarities(anchors, negatives)[1],
+        "positive_similarity": positive,
+        "negative_similarity": negative,
     }
     found = {
         term.name: {quantity: values[number] for quantity, values in quantities.items()}

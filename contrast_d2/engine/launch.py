@@ -21,7 +21,6 @@ from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-
 # Seconds that a process which fails after another waits to be stopped by its launcher.
 _PATIENCE = 30.0
 

@@ -235,7 +235,6 @@ def multi_scale(draw: st.DrawFn) -> Case:
         **samplers(draw, batch),
         "max_per_group": draw(st.sampled_from([None, 2, 10])),
         "min_per_class": draw(st.sampled_from([0, 5])),
-        "fixed_size": draw(st.booleans()),
     }
     options = {
         "scale_weights": {name: draw(weights) for name in scales},

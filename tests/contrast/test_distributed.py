@@ -142,7 +142,6 @@ def draw_own(images: slice, max_anchors: int) -> dict[str, list]:
     """Pixels by class and image that samplers draw that balance the images of their process."""
     options = {
         "class": {},
-        "fixed size": {"fixed_size": True},
         "image_class": {"balance": "image_class"},
         "least": {"max_anchors": 10},
     }
@@ -163,7 +162,6 @@ def test_a_budget_is_shared_by_the_processes(ranks: list[dict]) -> None:
         shares = rank["own draws"]
         assert shares == draw_own(images, max_anchors=16)  # half of 31, rounded up
         assert 12 <= len(shares["class"]) <= 16
-        assert len(shares["fixed size"]) == 16
         assert len(shares["least"]) >= 8  # two of each class that is there, not one
 
 

@@ -35,7 +35,7 @@ FOUND = [
             "cross_scale": [("res2", "res3", 0.001), ("res2", "res4", 0.001)],
             "temperature": 0.01,
         },
-        {"sampler": {"max_anchors": 4, "min_per_class": 0, "fixed_size": True}},
+        {"sampler": {"max_anchors": 4, "min_per_class": 0}},
     ),
 ]
 

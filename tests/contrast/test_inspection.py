@@ -41,8 +41,7 @@ def projector(*names: str) -> MultiScaleProjector:
 
 
 def multi_scale(**options: Any) -> MultiScaleContrast:
-    fixed_size = options.pop("fixed_size", False)
-    sampler = BalancedSampler(CLASSES, max_anchors=60, fixed_size=fixed_size)
+    sampler = BalancedSampler(CLASSES, max_anchors=60)
     weights = dict.fromkeys(CHANNELS, 1.0)
     cross = [("res2", "res3", 1.0)]
     return MultiScaleContrast(
@@ -70,7 +69,6 @@ def contextrast() -> Contextrast:
 
 METHODS = {
     "multi_scale": multi_scale,
-    "fixed_size": lambda: multi_scale(fixed_size=True),
     "boundary": lambda: multi_scale(negatives=BoundaryNegatives(CLASSES)),
     "pixel": pixel,
 }
@@ -123,7 +121,7 @@ def check(found: module.Similarities, pairs: Iterable[tuple[int, int, float, boo
             assert found.of_classes[i, j].item() == pytest.approx(mean, abs=2e-6, nan_ok=True)
 
 
-@pytest.mark.parametrize("name", ["multi_scale", "fixed_size", "boundary"])
+@pytest.mark.parametrize("name", ["multi_scale", "boundary"])
 def test_pairs_of_multi_scale_contrast(name: str) -> None:
     contrast, batch = METHODS[name](), random_batch()
     found = inspected(contrast, batch)
@@ -242,7 +240,7 @@ def test_pairs_of_pne() -> None:
     assert len(draws["samples"].image) == len(samples) and not draws["samples"].wrong.any()
 
 
-@pytest.mark.parametrize("name", ["multi_scale", "fixed_size", "pixel"])
+@pytest.mark.parametrize("name", ["multi_scale", "pixel"])
 def test_draws_are_where_the_labels_say(name: str) -> None:
     contrast, batch = METHODS[name](), random_batch()
     draw = inspected(contrast, batch).draws["res2"]["anchors"]

@@ -14,6 +14,7 @@ from contrast_d2.contrast import (
     BoundaryNegatives,
     MultiScaleContrast,
     MultiScaleProjector,
+    PixelDraw,
 )
 
 from . import references
@@ -24,11 +25,11 @@ SCALE_WEIGHTS = {"res2": 1.0, "res3": 0.7, "res4": 0.4}
 CROSS_SCALE = [("res2", "res4", 1.0), ("res3", "res4", 0.5)]
 
 
-def build(head: dict | None = None, fixed_size: bool = False, **options) -> MultiScaleContrast:
+def build(head: dict | None = None, **options) -> MultiScaleContrast:
     """Multi- and cross-scale contrast of few anchors; `options` override the defaults."""
     torch.manual_seed(0)
     projector = MultiScaleProjector(CHANNELS, 6, **{"num_hidden": 1, **(head or {})})
-    sampler = BalancedSampler(K, max_anchors=40, min_per_class=10, fixed_size=fixed_size)
+    sampler = BalancedSampler(K, max_anchors=40, min_per_class=10)
     defaults = {"scale_weights": SCALE_WEIGHTS, "cross_scale": CROSS_SCALE}
     return MultiScaleContrast(projector, sampler, **{**defaults, **options}).double()
 
@@ -145,10 +146,9 @@ def step(contrast: MultiScaleContrast, batch: tuple) -> dict:
 def test_sampled_projection_is_dense_projection() -> None:
     batch = random_batch()
     for head in ({"norm": "layer", "num_hidden": 2}, {"norm": None}, {"num_hidden": 0}):
-        for fixed_size in (False, True):
-            expected = step(build(head, fixed_size), batch)
-            found = step(build({**head, "projection": "sampled"}, fixed_size), batch)
-            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        expected = step(build(head), batch)
+        found = step(build({**head, "projection": "sampled"}), batch)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 def test_sampled_batch_norms_have_the_statistics_of_each_scales_anchors() -> None:
@@ -172,11 +172,28 @@ def test_sampled_batch_norms_have_the_statistics_of_each_scales_anchors() -> Non
         )
 
 
-def test_padding_of_a_draw_of_fixed_size_changes_nothing() -> None:
+def padded(draw: PixelDraw, pixels: int) -> PixelDraw:
+    """As a GPU pads draws whose size the host does not know, by pixels that are not drawn."""
+    drawn = set((draw.image * pixels + draw.pixel).tolist())
+    more = torch.tensor([i for i in range(2 * pixels) if i not in drawn][:7], dtype=torch.long)
+    labels = torch.cat([draw.labels, torch.full_like(more, -1)])
+    image, pixel = more // pixels, more % pixels
+    return PixelDraw(torch.cat([draw.image, image]), torch.cat([draw.pixel, pixel]), labels, None)
+
+
+def test_padding_of_a_draw_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = random_batch()
     for head in ({}, {"projection": "sampled"}, {"projection": "sampled", "norm": "layer"}):
-        ordinary, padded = (step(build(head, fixed_size), batch) for fixed_size in (False, True))
-        torch.testing.assert_close(padded, ordinary, rtol=1e-9, atol=1e-12)
+        contrast = build(head)
+        expected, draw = step(build(head), batch), contrast.sampler.draw
+
+        def with_padding(batch: Batch, features: list[str], draw=draw) -> list[PixelDraw]:
+            sizes = [batch.host_labels(feature)[0].numel() for feature in features]
+            draws = zip(draw(batch, features), sizes, strict=True)
+            return [padded(drawn, pixels) for drawn, pixels in draws]
+
+        monkeypatch.setattr(contrast.sampler, "draw", with_padding)
+        torch.testing.assert_close(step(contrast, batch), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_checkpoints_fit_both_projections() -> None:

@@ -114,6 +114,7 @@ def test_the_defaults_are_those_of_the_paper() -> None:
 
 def test_the_host_waits_for_nothing() -> None:
     embeddings, labels = unit(len(LABELS), 4, dtype=torch.float32), torch.tensor(LABELS)
+    embeddings.requires_grad_()
     with HostWaits() as waits:
         info_nce(embeddings, labels, pairs=SemiHardPairs(max_negatives=2))
     assert waits.calls == []

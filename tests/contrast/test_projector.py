@@ -169,19 +169,20 @@ def test_rows_of_all_pixels_are_the_map() -> None:
 def test_sampled_embeddings_are_those_of_the_dense_projection() -> None:
     image, pixel = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([3, 19, 0, 19, 3])
     ordinary = PixelDraw(image, pixel, torch.tensor([0, 0, 1, 1, 1]), (2, 3))
-    # A pixel that is drawn twice, as in joined draws and in padding, has two gradients.
-    repeats = PixelDraw(image[[0, 1, 0]], pixel[[0, 1, 0]], torch.tensor([0, 1, -1]), None)
+    # A pixel that is in two draws has two gradients.
+    first = PixelDraw(image[:2], pixel[:2], torch.tensor([0, 1]), None)
+    second = PixelDraw(image[:1], pixel[:1], torch.tensor([-1]), None)
     weight = torch.randn(5, 4, dtype=torch.float64)
     for options in FORMS[2:]:  # without batch norms, to which other pixels matter
         dense = MultiScaleProjector({"res2": 6}, 4, **options).double()
         sampled = MultiScaleProjector({"res2": 6}, 4, projection="sampled", **options).double()
         sampled.load_state_dict(dense.state_dict())
         features = random_map(2, 6, 4, 5)
-        for draw in (ordinary, repeats):
+        for draws in ([ordinary], [first, second]):
             results = []
             for projector in (dense, sampled):
                 x = features.clone().requires_grad_()
-                rows = projector.embed(projector({"res2": x}), "res2", draw)
+                rows = projector.embed(projector({"res2": x}), {"res2": draws})["res2"]
                 torch.testing.assert_close(rows.norm(dim=1), torch.ones_like(rows[:, 0]))
                 parameters = list(projector.parameters())
                 loss = (rows * weight[: len(rows)]).sum()

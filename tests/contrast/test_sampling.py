@@ -8,13 +8,18 @@ from collections import Counter
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from contrast_d2.contrast import BalancedSampler, Batch, PixelDraw, downsample_labels
-from contrast_d2.contrast.sampling import draw_without_replacement, share_equally
+from contrast_d2.contrast.sampling import (
+    draw_pixels,
+    draw_without_replacement,
+    share_equally,
+    sort_pixels,
+)
+from contrast_d2.contrast.sets import draws_on_device
 
-from ..helpers import HostWaits, gpu_waits
+from ..helpers import HostWaits
 from . import references
 
 BALANCES = ["class", "image_class"]
@@ -158,13 +163,10 @@ def test_random_maps_against_the_rules(balance: str) -> None:
             "min_per_class": rng.choice([0, 8]),
         }
         maps = [random_map(num_images, size, size + 3, num_classes) for size in (1, 9, 4, 16)]
-        generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
-        draws, fixed = (
-            BalancedSampler(num_classes, balance=balance, fixed_size=fixed_size, **budgets)(maps, g)
-            for fixed_size, g in zip((False, True), generators, strict=True)
+        draws = BalancedSampler(num_classes, balance=balance, **budgets)(
+            maps, torch.Generator().manual_seed(seed)
         )
-        assert torch.equal(generators[0].get_state(), generators[1].get_state())
-        for draw, padded, label_map in zip(draws, fixed, maps, strict=True):
+        for draw, label_map in zip(draws, maps, strict=True):
             check_draw(draw, label_map, num_classes)
             counts, drawn = references.count_groups(label_map, num_classes), count_draw(draw)
             if balance == "image_class":
@@ -175,15 +177,8 @@ def test_random_maps_against_the_rules(balance: str) -> None:
                     for label in draw.labels.unique().tolist()
                 }
                 assert shares == references.paper_quotas(counts, **budgets)
-            number, slots = len(draw.labels), min(budgets["max_anchors"], label_map.numel())
-            assert number <= slots
-            assert padded.image.shape == padded.pixel.shape == padded.labels.shape == (slots,)
-            # The same draw, then padding with valid indices.
-            assert all(a[:number].equal(b) for a, b in zip(padded[:3], draw[:3], strict=True))
-            assert (padded.labels[number:] == -1).all() and padded.class_counts is None
-            label_map.flatten(1)[padded.image, padded.pixel]  # raises for a wrong index
-            assert (padded.image >= 0).all() and (padded.pixel >= 0).all()
-            total += number
+            assert len(draw.labels) <= min(budgets["max_anchors"], label_map.numel())
+            total += len(draw.labels)
     assert total > 1000
 
 
@@ -211,7 +206,11 @@ def test_draws_do_not_depend_on_the_type_of_the_labels() -> None:
     assert count_draw(sample(label_map, 2, min_per_class=10)) == {(0, 0): 10, (1, 0): 1}
 
 
-def test_more_groups_than_two_bytes_can_number() -> None:
+def test_more_classes_than_one_or_two_bytes_can_number() -> None:
+    for num_classes in (254, 255, 256, 40_000):
+        label_map = torch.arange(-1, num_classes + 2).repeat(2)[None, None]
+        draw = sample(label_map, num_classes, max_anchors=80_000)
+        assert draw.class_counts == (2,) * num_classes
     maps = [torch.stack([torch.randperm(9000) for _ in range(2)])[:, None] for _ in range(2)]
     for draw, label_map in zip(BalancedSampler(9000, max_anchors=20_000)(maps), maps, strict=True):
         check_draw(draw, label_map, 9000)
@@ -276,63 +275,35 @@ def test_shuffle_is_that_of_swapping_one_by_one() -> None:
         assert drawn.tolist() == swap_one_by_one(sizes, quotas, numbers), (sizes, quotas)
 
 
-# ---- draws of fixed size, compiled ones, and waits
+# ---- waits
 
 
-def test_a_compiled_draw_of_fixed_size_is_the_same() -> None:
-    maps = [counted_map([9, 50, 30], [20, 0, 60]), counted_map([5, 6, 7], [0, 9, 9])]
-    sampler = BalancedSampler(3, max_anchors=60, fixed_size=True)
-
-    def draw(maps: list[Tensor]) -> list[PixelDraw]:
-        draws = sampler([label_map + 0 for label_map in maps])
-        return [draw._replace(pixel=draw.pixel + 0) for draw in draws]
-
-    torch._dynamo.reset()
-    torch.manual_seed(0)
-    compiled = torch.compile(draw, backend="aot_eager", fullgraph=True)(maps)
-    torch.manual_seed(0)
-    for actual, expected in zip(compiled, draw(maps), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(actual[:3], expected[:3], strict=True))
-
-
-def test_padding_does_not_pile_up_on_a_pixel() -> None:
-    maps = [counted_map([20, 4000], [10, 3000]), counted_map([2, 1000], [3, 900])]
-    for draw in BalancedSampler(2, max_anchors=1500, fixed_size=True)(maps):
-        assert (draw.labels < 0).sum() > 1000
-        assert Counter(pixels_of(draw)).most_common(1)[0][1] <= 3
-
-
-def test_how_often_a_draw_reads_from_the_device() -> None:
+def test_a_draw_reads_nothing_from_the_device() -> None:
     maps = [counted_map([9, 50, 30], [20, 0, 60]) for _ in range(4)]
     for both in BOTH:
         with HostWaits() as reads:
             BalancedSampler(3, **both)(maps)
-        assert reads.calls == ["cpu"]  # all scales
-        sampler = BalancedSampler(3, max_anchors=600, min_per_class=8, fixed_size=True, **both)
-        # Tensors that have a device and a shape but no values: what needs a value raises, and so
-        # does what mixes devices.
-        with FakeTensorMode(), HostWaits() as reads:
-            draws = sampler(
-                [torch.zeros(2, size, size, dtype=torch.long, device="cuda") for size in (32, 8)]
-            )
         assert reads.calls == []
-        assert [draw.labels.shape for draw in draws] == [(600,), (128,)]
-        assert all(value.device.type == "cuda" for draw in draws for value in draw[:3])
+    # On the meta device tensors have no values: what asks for one raises.
+    is_right = torch.zeros(2, 32, 32, dtype=torch.bool, device="meta")
+    pixels = sort_pixels(torch.zeros(2, 32, 32, dtype=torch.long, device="meta"), 3, is_right)
+    quotas = torch.zeros(1, 3, 4, dtype=torch.long, device="meta")
+    (draw,) = draw_pixels([pixels], quotas, [(5, 6, 7)], None, from_remainder=True)
+    assert draw.image.shape == draw.pixel.shape == draw.labels.shape == (18,)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("balance", BALANCES)
-def test_a_draw_of_fixed_size_does_not_wait_for_the_gpu(balance: str) -> None:
-    maps = [random_map(4, size, size, 7).cuda() for size in (64, 16)]
-    budgets = {"balance": balance, "max_anchors": 500, "min_per_class": 8}
-    fixed, ordinary = (BalancedSampler(7, fixed_size=x, **budgets) for x in (True, False))
-    assert gpu_waits(lambda: fixed(maps)) == 0
-    draws = [sampler(maps, torch.Generator("cuda").manual_seed(0)) for sampler in (fixed, ordinary)]
-    for padded, draw in zip(*draws, strict=True):
-        number = len(draw.labels)
-        assert 0 < number < len(padded.labels)
-        assert pixels_of(padded)[:number] == pixels_of(draw)
-        assert (padded.labels[number:] == -1).all()
+def test_draws_for_a_gpu_are_those_of_the_host(balance: str) -> None:
+    labels = random_map(4, 64, 64, 7)
+    sampler = BalancedSampler(7, balance=balance, max_anchors=500, min_per_class=8)
+    draws = []
+    for device in ("cpu", "cuda"):
+        maps = {name: torch.zeros(4, 1, n, n, device=device) for name, n in (("a", 64), ("b", 16))}
+        batch = Batch(maps, labels, generator=torch.Generator().manual_seed(0))
+        draws.append(draws_on_device(sampler.draw(batch, list(maps)), torch.device("cpu")))
+    for first, second in zip(*draws, strict=True):
+        assert pixels_of(first) == pixels_of(second)
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -346,6 +317,3 @@ def test_wrong_arguments_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             BalancedSampler(**{"num_classes": 11, **arguments})
-    sampler = BalancedSampler(2, fixed_size=True)
-    with pytest.raises(ValueError, match="fixed_size=True.*across_processes=True"):
-        sampler([counted_map([3, 4])], across_processes=True)

@@ -2,8 +2,9 @@
 
 On a CUDA device CUDA itself is asked. On a CPU nothing ever waits, so the operations that would
 wait on a GPU are counted as they are called: reading values (`item`, `tolist`, `bool(tensor)`, a
-copy to the host), and operations whose output size depends on values. A copy to the host with
-`non_blocking=True` is not, nor is reading it later.
+copy to the host), and operations whose output size depends on values. What requires a gradient, or
+is computed from what does, would be on the GPU there; all else, such as labels, on the host. A copy
+to the host with `non_blocking=True` is not counted, nor is reading it later.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from contrast_d2.contrast import method, terms
+from contrast_d2.contrast import terms
 
 # Operations whose output size is read off the device, whoever calls them.
 _SIZED_BY_VALUES = {
@@ -69,7 +70,7 @@ def _count_on_cuda(run: Callable[[], object]) -> Counter[str]:
 class HostReads(TorchFunctionMode):
     """Notes on a CPU what would make the host wait for a device, forward and backward.
 
-    A copied tensor is read for free afterwards.
+    What is copied to the host is read for free afterwards.
 
     Attributes:
         calls: names of the calls, in order.
@@ -79,24 +80,18 @@ class HostReads(TorchFunctionMode):
         super().__init__()
         self.calls: list[str] = []
         self._sized_by_values = _SizedByValues(self.calls)
-        # Kept alive, so that no other tensor takes the identity of one of them.
-        self._on_host: list[Tensor] = []
-        # What is done on a CPU alone, where it costs nothing: the check of labels, and the kernel
-        # that sorts by class.
-        self._not_on_a_gpu = [
-            patch.object(method, "check_labels", lambda *_: None),
-            patch.object(terms, "is_exact", lambda *_: False),
-        ]
+        # The kernel that sorts by class works on a CPU alone.
+        self._not_on_a_gpu = patch.object(terms, "is_exact", lambda *_: False)
 
     def __enter__(self) -> HostReads:
-        for part in (*self._not_on_a_gpu, self._sized_by_values):
-            part.__enter__()
+        self._not_on_a_gpu.__enter__()
+        self._sized_by_values.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for part in (self._sized_by_values, *self._not_on_a_gpu):
-            part.__exit__(*error)
+        self._sized_by_values.__exit__(*error)
+        self._not_on_a_gpu.__exit__(*error)
 
     def __torch_function__(
         self,
@@ -108,17 +103,31 @@ class HostReads(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         reads = name in _COPIES_TO_HOST or (name == "to" and _names_the_cpu(args, kwargs))
-        if not reads:
-            return func(*args, **kwargs)
-        known = any(args[0] is tensor for tensor in self._on_host)
-        if not known and not kwargs.get("non_blocking"):
-            self.calls.append(name)
+        of_device = _has_device_tensors((args, kwargs))
         result = func(*args, **kwargs)
-        if isinstance(result, Tensor):
+        if of_device and reads:
+            if not kwargs.get("non_blocking"):
+                self.calls.append(name)
             # On a CPU the copy is the tensor itself, which stays one of the device.
-            result = result.detach().clone() if result is args[0] else result
-            self._on_host.append(result)
+            return result.detach().clone() if isinstance(result, Tensor) else result
+        if of_device:
+            for x in tree_leaves(result):
+                if isinstance(x, Tensor):
+                    x._of_device = True  # pyright: ignore[reportAttributeAccessIssue]
         return result
+
+
+def _has_device_tensors(arguments: Any) -> bool:
+    """Whether a tensor would be on the GPU, as all are of which a backward pass reads."""
+    return any(
+        isinstance(x, Tensor)
+        and (
+            x.requires_grad
+            or hasattr(x, "_of_device")
+            or torch._C._current_autograd_node() is not None
+        )
+        for x in tree_leaves(arguments)
+    )
 
 
 def _names_the_cpu(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
@@ -150,6 +159,6 @@ class _SizedByValues(TorchDispatchMode):
             )
         elif name == "aten::repeat_interleave":
             waits = kwargs.get("output_size") is None
-        if waits:
+        if waits and _has_device_tensors((args, kwargs)):
             self._calls.append(name.removeprefix("aten::"))
         return func(*args, **kwargs)

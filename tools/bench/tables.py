@@ -96,10 +96,9 @@ def _steps(found: Mapping[str, Any]) -> str:
                     f"{row['times_limit']['median']:.2f}",
                     _relative(row, first),
                     f"{row['peak_mib'] + case['cost']['written'] / _MIB:,.0f}",
-                    str(sum(row["host_reads"].values())),
                 ]
             )
-    head = "case|anchors|limit, ms|who|ms|times limit|times ours|peak, MiB|host reads"
+    head = "case|anchors|limit, ms|who|ms|times limit|times ours|peak, MiB"
     return _table(head.split("|"), rows)
 
 

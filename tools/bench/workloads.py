@@ -23,13 +23,13 @@ from contrast_d2.contrast import (
     gather_embeddings,
     info_nce,
 )
+from contrast_d2.contrast.sets import draws_on_device
 
 from .machine import Cost
 from .peers import CrossBatchMemoryPeer, SupConPeer, textbook_info_nce
 from .scenes import Scene, draw_labels
 
 OURS = "contrast_d2"
-FIXED_SIZE = "contrast_d2, fixed size"
 TEXTBOOK = "textbook"
 SUPCON = "pytorch-metric-learning"
 
@@ -127,12 +127,9 @@ class Step:
             .requires_grad_()
             for name, size in self._map_sizes().items()
         }
-        labels = self.labels().to(device)
+        labels = self.labels()
         available: dict[str, Callable[[], Callable[[], Tensor]]] = {
-            OURS: lambda: partial(_our_step, self._contrast(self._sampler()), maps, labels),
-            FIXED_SIZE: lambda: partial(
-                _our_step, self._contrast(self._fixed_size_sampler()), maps, labels
-            ),
+            OURS: lambda: partial(_our_step, self._contrast(), maps, labels),
             TEXTBOOK: lambda: partial(
                 self._peer_step, partial(textbook_info_nce, count_empty_anchors=True), maps, labels
             ),
@@ -159,22 +156,10 @@ class Step:
             max_per_group=2500,
         )
 
-    def _fixed_size_sampler(self) -> BalancedSampler:
-        """With the least slots, in steps of 64, that hold what the ordinary sampler draws."""
-        slots = max(*self.drawn(), 2 * self.scene.num_classes)
-        return BalancedSampler(
-            self.scene.num_classes,
-            balance="image_class",
-            max_anchors=-(-slots // 64) * 64,
-            min_pixels=5,
-            max_per_group=2500,
-            fixed_size=True,
-        )
-
-    def _contrast(self, sampler: BalancedSampler) -> MultiScaleContrast:
+    def _contrast(self) -> MultiScaleContrast:
         return MultiScaleContrast(
             _Projected(dict.fromkeys(_STRIDES, 1), self.width, num_hidden=0),
-            sampler,
+            self._sampler(),
             scale_weights=_SCALE_WEIGHTS,
             cross_scale=_CROSS_SCALE,
             count_empty_anchors=True,
@@ -184,12 +169,14 @@ class Step:
         self, loss: Callable[..., Tensor], maps: Mapping[str, Tensor], labels: Tensor
     ) -> Tensor:
         """Another loss on the library's own draw and gather: the strongest simple form."""
-        draws = dict(zip(maps, self._sampler()(self._label_maps(labels)), strict=True))
+        device = next(iter(maps.values())).device
+        found = draws_on_device(self._sampler()(self._label_maps(labels)), device)
+        draws = dict(zip(maps, found, strict=True))
         anchors = {
             name: gather_embeddings(maps[name], draw.image, draw.pixel, distinct=True)
             for name, draw in draws.items()
         }
-        total = torch.zeros((), device=labels.device)
+        total = torch.zeros((), device=device)
         for name, weight in _SCALE_WEIGHTS.items():
             total = total + 0.1 * weight * loss(anchors[name], draws[name].labels)
         for source, target, weight in _CROSS_SCALE:

@@ -1,0 +1,88 @@
+"""Compiles the Triton kernels of the contrast for GPUs that need not be here, and reads the result.
+
+Triton's wheel brings NVIDIA's assembler and disassembler.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+from contrast_d2.contrast import grouped_kernels
+from contrast_d2.contrast.grouped import Variant
+
+
+class Compiled(NamedTuple):
+    """A kernel for one kind of GPU.
+
+    Attributes:
+        registers: of a thread.
+        stack: bytes of a thread; above 0 where registers are spilled.
+        shared: bytes of shared memory of a program.
+        ptx: the virtual instructions that Triton wrote.
+        sass: the instructions of the GPU; "" where there is no disassembler.
+    """
+
+    registers: int
+    stack: int
+    shared: int
+    ptx: str
+    sass: str
+
+    def count(self, pattern: str) -> int:
+        """Number of instructions of the GPU that match."""
+        return len(re.findall(pattern, self.sass))
+
+
+_POINTERS = {"table": "*i64", "labels": "*i32", "ranges": "*i32"}
+_SIZES = ("work_at", "visits_at", "terms_at", "num_terms", "plane")
+
+
+def compile_variant(variant: Variant, capability: int) -> Compiled:
+    """Compiles a variant.
+
+    Args:
+        variant: one of `grouped.variants`.
+        capability: of the GPU, such as 90.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(grouped_kernels, variant.kernel)
+    constants = variant.constants
+    signature, values, attributes = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[(index,)] = "constexpr", constants[name]
+        elif name in _SIZES:
+            signature[name] = "i32"
+        else:
+            signature[name] = _POINTERS.get(name, "*fp32")
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    result = triton.compile(
+        ASTSource(kernel, signature, values, attributes),
+        target=GPUTarget("cuda", capability, 32),
+        options=variant.options,
+    )
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(result.asm["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        sass = _output(tools / "nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    registers, stack = (int(x) for x in found.groups()) if found else (-1, -1)
+    return Compiled(registers, stack, result.metadata.shared, result.asm["ptx"], sass)
+
+
+def _output(program: Path, *arguments: str) -> str:
+    """What a program of NVIDIA's says; nothing where it is not installed."""
+    if not program.exists():
+        return ""
+    return subprocess.run(
+        [str(program), *arguments], capture_output=True, text=True, check=True
+    ).stdout
