@@ -96,6 +96,7 @@ def do_train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     results: dict[str, Any] = {}
 
     def test() -> dict[str, Any]:
+        trainer.catch_up()
         with averaged():
             results.update(evaluate(model))
         return results

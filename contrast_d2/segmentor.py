@@ -6,6 +6,7 @@ Shape letters: B images, K classes, H W the padded size of a batch, h w a featur
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from detectron2.config import CfgNode, configurable
 from detectron2.modeling import META_ARCH_REGISTRY, Backbone, SemanticSegmentor
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .losses import SegLoss, upsample
 from .registries import CONTRAST_REGISTRY, SEG_LOSS_REGISTRY, build_named
@@ -36,8 +36,9 @@ class ContrastiveSegmentor(SemanticSegmentor):
         sem_seg_head: a decoder of ours, or a head of detectron2 that has `layers`. Losses of its
             own are not used.
         pixel_mean, pixel_std: per channel, in the units of the input images (0..255).
-        seg_loss: (`SegOutput`, labels) -> losses by name.
-        contrast: (feature maps, labels, logits) -> `ContrastOutput`; None for the baseline.
+        seg_loss: (`SegOutput`, int64 labels on the device) -> losses by name.
+        contrast: (feature maps, labels, logits) -> `ContrastOutput`, with the labels where the
+            batch has them, on the host; None for the baseline.
         ignore_label: label of padding, and of pixels that no loss counts.
 
     Attributes:
@@ -96,7 +97,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
         parts = super().from_config(cfg)
         head, model = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL
         labels = {"num_classes": head.NUM_CLASSES, "ignore_label": head.IGNORE_VALUE}
-        known = {"dataset": labels}
+        known = {"dataset": labels, "train": {"max_iter": cfg.SOLVER.MAX_ITER}}
         seg_loss = build_named(SEG_LOSS_REGISTRY, model.SEG_LOSS, "MODEL.SEG_LOSS", known)
         contrast = None
         if model.CONTRAST.NAME:
@@ -114,8 +115,8 @@ class ContrastiveSegmentor(SemanticSegmentor):
 
         Args:
             batched_inputs: a dict per image: "image" (3, H, W) in the units of `pixel_mean`; in
-                training "sem_seg" (H, W) integer labels; in evaluation optionally "height" and
-                "width", the size of the output.
+                training "sem_seg" (H, W) integer labels, best of one byte; in evaluation
+                optionally "height" and "width", the size of the output.
 
         Returns:
             In training, the losses by name. In evaluation, a dict per image with "sem_seg", the
@@ -124,15 +125,16 @@ class ContrastiveSegmentor(SemanticSegmentor):
         Raises:
             ValueError: in training, an image without labels, or with labels of another size.
         """
+        labels = self._stack_labels(batched_inputs) if self.training else None
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images)
         output = decode(self.sem_seg_head, features)
-        if not self.training:
-            return self._at_output_size(output.logits, images, batched_inputs)
+        if labels is None:
+            return self._at_output_size(output, images, batched_inputs)
 
-        labels = self._stack_labels(batched_inputs)
-        losses = self.seg_loss(output, labels)
+        losses = self.seg_loss(output, labels.to(self.device, non_blocking=True).long())
         if self.contrast is not None:
+            # On the host, where its draws are planned while the device is busy.
             contrast = self.contrast(
                 {**features, **output.features},
                 labels,
@@ -145,12 +147,18 @@ class ContrastiveSegmentor(SemanticSegmentor):
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
         """(B, 3, H, W) normalised images, padded with 0."""
-        images = [x["image"].to(self.device) for x in batched_inputs]
-        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
-        return _stack(images, self._size_divisibility)
+        images = [x["image"] for x in batched_inputs]
+        # Bytes travel, and the device makes floats of them.
+        stacked = self._stack(images, fill=0).to(self.device, non_blocking=True)
+        stacked = (stacked - self.pixel_mean) / self.pixel_std
+        for padded, image in zip(stacked, images, strict=True):
+            height, width = image.shape[-2:]
+            padded[:, height:] = 0
+            padded[:, :, width:] = 0
+        return stacked
 
     def _stack_labels(self, batched_inputs: list[dict[str, Any]]) -> Tensor:
-        """(B, H, W) labels, padded as the images are."""
+        """(B, H, W) labels, padded as the images are; where they come from, so on the host."""
         for x in batched_inputs:
             if "sem_seg" not in x:
                 raise ValueError(
@@ -162,19 +170,48 @@ class ContrastiveSegmentor(SemanticSegmentor):
                     f"image {x.get('file_name', '')!r} is {tuple(x['image'].shape[-2:])} and its "
                     f"labels are {tuple(x['sem_seg'].shape)}: the mapper must transform both alike."
                 )
-        labels = [x["sem_seg"].to(self.device) for x in batched_inputs]
-        return _stack(labels, self._size_divisibility, self.ignore_label)
+        labels = [x["sem_seg"] for x in batched_inputs]
+        limits = torch.iinfo(labels[0].dtype)
+        if not limits.min <= self.ignore_label <= limits.max:  # a negative one among bytes
+            labels = [x.long() for x in labels]
+        return self._stack(labels, fill=self.ignore_label)
+
+    def _stack(self, tensors: list[Tensor], fill: int) -> Tensor:
+        """Stacks (..., H, W) tensors of different sizes, filled up to the right and below.
+
+        As detectron2's `ImageList`, which cannot be compiled: it reads the sizes off tensors. On
+        the host the result is in memory from which a GPU can copy while the host goes on.
+        """
+        first = tensors[0]
+        height, width = (
+            _round_up(max(x.shape[side] for x in tensors), self._size_divisibility)
+            for side in (-2, -1)
+        )
+        stacked = torch.full(
+            (len(tensors), *first.shape[:-2], height, width),
+            fill,
+            dtype=reduce(torch.promote_types, [x.dtype for x in tensors]),
+            device=first.device,
+            pin_memory=first.is_cpu and self.device.type == "cuda",
+        )
+        for place, x in zip(stacked, tensors, strict=True):
+            place[..., : x.shape[-2], : x.shape[-1]] = x
+        return stacked
 
     @staticmethod
     def _at_output_size(
-        logits: Tensor, images: Tensor, batched_inputs: list[dict[str, Any]]
+        output: SegOutput, images: Tensor, batched_inputs: list[dict[str, Any]]
     ) -> list[dict[str, Tensor]]:
-        logits = upsample(logits, images.shape[-2:])
+        logits = upsample(output.logits, images.shape[-2:], output.align_corners)
         results = []
         for scores, x in zip(logits, batched_inputs, strict=True):
             size = tuple(x["image"].shape[-2:])
             height, width = x.get("height", size[0]), x.get("width", size[1])
-            results.append({"sem_seg": sem_seg_postprocess(scores, size, height, width)})
+            if (height, width) == size:
+                scores = scores[:, :height, :width]  # which resizing to their size would not change
+            else:
+                scores = sem_seg_postprocess(scores, size, height, width)
+            results.append({"sem_seg": scores})
         return results
 
 
@@ -204,18 +241,6 @@ def _channels(backbone: Backbone, head: nn.Module) -> dict[str, int]:
     features = decode(head.eval(), maps).features if hasattr(head, "decode") else {}
     head.train()
     return {name: x.shape[1] for name, x in {**maps, **features}.items()}
-
-
-def _stack(tensors: list[Tensor], divisibility: int, fill: float = 0) -> Tensor:
-    """Stacks (..., H, W) tensors of different sizes, filled up to the right and below.
-
-    As detectron2's `ImageList`, which cannot be compiled: it reads the sizes off tensors.
-    """
-    height = _round_up(max(x.shape[-2] for x in tensors), divisibility)
-    width = _round_up(max(x.shape[-1] for x in tensors), divisibility)
-    return torch.stack(
-        [F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]), value=fill) for x in tensors]
-    )
 
 
 def _round_up(size: int, divisibility: int) -> int:

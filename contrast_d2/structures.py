@@ -16,11 +16,14 @@ class SegOutput(NamedTuple):
         aux_logits: (B, K, h', w') class scores of an auxiliary head, or None.
         features: maps (B, C, h, w) of the decoder, by name, for contrast methods that tap it, next
             to those of the backbone.
+        align_corners: how scores are resized to the size of labels and images: whether the centres
+            of corner pixels meet, or the corners of the maps.
     """
 
     logits: Tensor
     aux_logits: Tensor | None
     features: dict[str, Tensor]
+    align_corners: bool = False
 
 
 def decode(head: nn.Module, features: Mapping[str, Tensor]) -> SegOutput:

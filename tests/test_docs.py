@@ -268,47 +268,6 @@ def test_a_wrong_command_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             check_pip(["install", requirement])
 
 
-def numbers(text: str) -> set[str]:
-    return set(re.findall(r"\b\d\d\.\d+\b", text))
-
-
-def rows_of_papers() -> list[tuple[Path, str, str, str]]:
-    folder, rows = "", []
-    for line in (ROOT / "docs/reproducing.md").read_text().splitlines():
-        if found := re.match(r"\| file in `configs/(\w+)/`", line):
-            folder = found[1]
-        elif found := re.fullmatch(r"\| `([\w.]+\.py)` \| (.*?) \| (.*?) \| (.*?) \|", line):
-            rows.append((ROOT / "configs" / folder / found[1], *found.groups()[1:]))
-    return rows
-
-
-def test_the_tables_of_the_papers_say_what_the_experiment_files_say() -> None:
-    rows = rows_of_papers()
-    of_papers = {
-        path
-        for path in (ROOT / "configs").glob("*/*.py")
-        if path.parent.name not in ("common", "shapes")
-        and not path.name.startswith(("semfpn", "fcn_hrnet18"))
-    }
-    assert len(rows) == len(of_papers) and {row[0] for row in rows} == of_papers
-    for path, what, published, _ in rows:
-        head = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
-        assert what in head.replace(" (Wang et al., ICCV 2021),", ","), path
-        first = head.partition(" python train_net.py")[0]
-        assert numbers(published) == numbers(first) - {"2608.22679"} or not numbers(first), path
-        for table in re.findall(r"Tables? [\dIV]+(?:\(\w\))?", published):
-            assert table in head, (path, table)
-
-
-def test_what_we_have_measured_of_the_papers() -> None:
-    """A row that says "not measured" has no result, and a measured one has."""
-    results = "".join(path.read_text() for path in (ROOT / "results").glob("*.json"))
-    for path, _, _, ours in rows_of_papers():
-        name = path.relative_to(ROOT).as_posix()
-        trained = re.search(rf"train_net\.py[^\"]*{re.escape(name)}", results)
-        assert (ours == "not measured") == (trained is None), name
-
-
 SOURCES = "\n".join(
     path.read_text()
     for folder in ("contrast_d2", "tools")

@@ -18,7 +18,11 @@ from contrast_d2.registries import (
 )
 
 CHANNELS = {"res2": 4, "res3": 4, "res4": 4, "res5": 4, "p2": 4, "pre_logits": 4}
-KNOWN = {"dataset": {"num_classes": 7, "ignore_label": 77}, "channels": CHANNELS}
+KNOWN = {
+    "dataset": {"num_classes": 7, "ignore_label": 77},
+    "train": {"max_iter": 9},
+    "channels": CHANNELS,
+}
 
 
 class Whole:

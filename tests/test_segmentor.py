@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import FPN, SemanticSegmentor
 from detectron2.modeling.meta_arch.semantic_seg import SemSegFPNHead
+from detectron2.modeling.postprocessing import sem_seg_postprocess
 from fvcore.nn import FlopCountAnalysis
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ from contrast_d2.contrast import (
 )
 from contrast_d2.data import SemSegMapper
 from contrast_d2.decoders import FCNDecoder, SemSegFPNDecoder
-from contrast_d2.losses import AdaptiveAffinityLoss, CrossEntropyLoss, SegLoss
+from contrast_d2.losses import AdaptiveAffinityLoss, CrossEntropyLoss, SegLoss, upsample
 from contrast_d2.segmentor import ContrastiveSegmentor, inference_state_dict
 
 from .backbones.rows import NAMES, detectron2_resnet18
@@ -253,6 +254,75 @@ def test_images_and_labels_are_padded_alike() -> None:
         assert (label[height:] == 9).all() and (label[:, width:] == 9).all()
 
 
+@pytest.mark.parametrize("ignore_label", [255, -1])
+def test_labels_are_bytes_up_to_the_device(ignore_label: int) -> None:
+    """The loss gets int64, and the contrast what came, where an ignore label of -1 fits into it."""
+    model = build(contrast=Recorder(), ignore_label=ignore_label)
+    seen: list[Tensor] = []
+
+    def seg_loss(output, labels: Tensor) -> dict[str, Tensor]:
+        seen.append(labels)
+        return {}
+
+    del model.seg_loss
+    model.seg_loss = seg_loss
+    batch = [sample(61, 83), sample(64, 50)]
+    whole = [x["sem_seg"].clone() for x in batch]
+    for x in batch:
+        x["sem_seg"] = x["sem_seg"].to(torch.uint8)
+    model(batch)
+    assert seen[0].dtype == torch.int64
+    assert model.contrast.labels.dtype == (torch.uint8 if ignore_label == 255 else torch.int64)
+    for labels in (seen[0], model.contrast.labels):
+        assert torch.equal(labels[0, :61, :83], whole[0].to(labels.dtype))
+        assert (labels[1, :, 50:] == ignore_label).all() and (labels[0, 61:] == ignore_label).all()
+
+
+def test_bytes_and_int64_give_the_same_losses() -> None:
+    model = with_contrast()
+    batch = [sample(61, 83), sample(64, 50)]
+    results = []
+    for dtype in (torch.int64, torch.uint8, torch.int16):
+        torch.manual_seed(0)
+        results.append(model([{**x, "sem_seg": x["sem_seg"].to(dtype)} for x in batch]))
+    assert results[0]["loss_contrast_res2"] > 0
+    assert results[0] == results[1] == results[2]
+
+
+def test_bytes_and_floats_in_one_batch() -> None:
+    """As a test protocol makes them, which resizes one image and not the other."""
+    model = build().eval()
+    images = [sample(64, 96)["image"], sample(64, 96)["image"]]
+    with torch.no_grad():
+        expected = model([{"image": x} for x in images])
+        found = model([{"image": images[0]}, {"image": images[1].float()}])
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x["sem_seg"], y["sem_seg"])
+
+
+def test_an_output_of_the_size_of_its_image_is_not_resized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build().eval()
+    batch = [sample(61, 83), sample(64, 50)]
+    calls: list[tuple[int, ...]] = []
+
+    def resize(scores: Tensor, *sizes: Any) -> Tensor:
+        calls.append(sizes)
+        return sem_seg_postprocess(scores, *sizes)
+
+    monkeypatch.setattr("contrast_d2.segmentor.sem_seg_postprocess", resize)
+    logits: list[Tensor] = []
+    model.sem_seg_head.predictor.register_forward_hook(lambda *args: logits.append(args[2]))
+    with torch.no_grad():
+        found = model(batch)
+        model([{**batch[0], "height": 30, "width": 83}])
+    assert calls == [((61, 83), 30, 83)]
+    scores = upsample(logits[0], (64, 96))
+    for result, whole, size in zip(found, scores, [(61, 83), (64, 50)], strict=True):
+        assert torch.equal(result["sem_seg"], sem_seg_postprocess(whole, size, *size))
+
+
 def test_padding_does_not_enter_the_loss() -> None:
     model = build()
     for module in model.modules():
@@ -360,6 +430,19 @@ def test_labels_of_another_size_than_their_image_are_refused() -> None:
     x["sem_seg"] = x["sem_seg"][:, :80]
     with pytest.raises(ValueError, match=r"is \(64, 96\) and its labels are \(64, 80\)"):
         build()([x])
+
+
+def test_scores_are_resized_as_the_decoder_says() -> None:
+    model = build(decoder=FCNDecoder).eval()
+    image = 255 * torch.rand(3, 64, 96)
+    for align_corners in (False, True):
+        model.sem_seg_head.align_corners = align_corners
+        features = model.backbone(model.preprocess_image([{"image": image}]))
+        logits = model.sem_seg_head.decode(features).logits
+        expected = nn.functional.interpolate(
+            logits, (64, 96), mode="bilinear", align_corners=align_corners
+        )
+        torch.testing.assert_close(model([{"image": image}])[0]["sem_seg"], expected[0])
 
 
 def test_evaluation_needs_no_labels_and_gives_the_requested_size() -> None:

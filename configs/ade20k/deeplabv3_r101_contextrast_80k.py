@@ -1,5 +1,6 @@
 """ADE20K, DeepLabV3 on ResNet-101, Contextrast: 44.12 mIoU with multi-scale testing (Sung et al.,
-arXiv 2608.22679, Table III). The paper does not state how many GPUs; ours: four.
+CVPR 2024, as cited in Table III of Sung et al., arXiv 2608.22679). Four GPUs; the paper does not
+state how many.
 
 python train_net.py --config-file configs/ade20k/deeplabv3_r101_contextrast_80k.py --num-gpus 4
 
@@ -7,7 +8,9 @@ Tested at several scales, its weights go with
 --eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
 dataloader.inference.scales=[0.75,1.0,1.25,1.5,1.75,2.0]
 
-It does not state which maps it contrasts either; ours: C2 to C5.
+Preset `contextrast`: temperature 0.1 and a share of 0.5 of the deepest mean are ours, for the paper
+has none. The stem of three convolutions, 512 channels and the auxiliary head are mmsegmentation's,
+and alike in the release of Wang et al., ICCV 2021.
 """
 
 from ..common.contrast.contextrast import contextrast as _contrast

@@ -1,11 +1,7 @@
-"""CaDIS, task 1, OCR on ResNet-50, baseline: 86.40 mIoU on the test videos (Pissas et al., MICCAI
-2021; for the validation videos we know no number). The paper does not state how many GPUs; ours:
-four.
+"""CaDIS, task 1, OCR on ResNet-50, baseline: 86.40 mIoU (Test videos of CaDIS of Pissas et al.,
+MICCAI 2021). Four GPUs; the paper does not state how many.
 
 python train_net.py --config-file configs/cadis/ocr_r50_base_task1_50ep.py --num-gpus 4
-
-The recipe is that of task 2. An epoch is counted as 3,550 images, since we do not know the repeats
-of this task.
 """
 
 from .ocr_r50_base_task2_50ep import dataloader, dataset, lr_multiplier, model, optimizer, train

@@ -1,11 +1,13 @@
-"""CaDIS, task 2, OCR on ResNet-50, multi- and cross-scale contrast on stages 2 and 5: 82.56 mIoU on
-the validation videos (Table 4(b) of Pissas et al., ECCV 2022). The paper does not state how many
-GPUs; ours: four.
+"""CaDIS, task 2, OCR on ResNet-50, multi- and cross-scale contrast on C2, C3 and C5: 82.56 mIoU on
+the validation videos, 90.59 of anatomies, 77.41 of tools, 78.55 of rare classes (Table 4(b) of
+Pissas et al., ECCV 2022). Four GPUs; the paper does not state how many.
 
 python train_net.py --config-file configs/cadis/ocr_r50_ms_cs_task2_50ep.py --num-gpus 4
+
+Preset `ms_cs`, ours: the paper's sampling with at least 32 anchors of each class.
 """
 
-from ..common.contrast.ms_cs import ms_cs_two_maps as _contrast
+from ..common.contrast.ms_cs import ms_cs_dilated as _contrast
 from .ocr_r50_base_task2_50ep import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _contrast

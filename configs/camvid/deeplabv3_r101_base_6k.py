@@ -1,5 +1,5 @@
-"""CamVid, DeepLabV3 on ResNet-101, baseline: 78.80 mIoU with multi-scale testing (Sung et al.,
-arXiv 2608.22679, Table III). The paper does not state how many GPUs; ours: four.
+"""CamVid, DeepLabV3 on ResNet-101, baseline: 78.80 mIoU with multi-scale testing (Table III of
+Sung et al., arXiv 2608.22679). Four GPUs; the paper does not state how many.
 
 python train_net.py --config-file configs/camvid/deeplabv3_r101_base_6k.py --num-gpus 4
 
@@ -7,10 +7,12 @@ Tested at several scales, its weights go with
 --eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
 dataloader.inference.scales=[0.75,1.0,1.25,1.5,1.75,2.0]
 
-The paper does not state whether there is an auxiliary head; ours has a weight of 0.4.
+Whether the paper has these images of 480x360 or the 960x720 ones, it does not state. The stem of
+three convolutions, 512 channels and the auxiliary head are mmsegmentation's, and alike in the
+release of Wang et al., ICCV 2021.
 """
 
-from ..common.models.deeplabv3 import model
+from ..common.models.deeplabv3 import deep_stem as model
 from .fcn_hrnet48_base_6k import dataloader, dataset, lr_multiplier, optimizer, train
 
 train.output_dir = "output/camvid/deeplabv3_r101_base_6k"

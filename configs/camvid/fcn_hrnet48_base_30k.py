@@ -1,5 +1,4 @@
-"""CamVid, HRNetV2-W48, baseline of pixel contrast within the batch (Wang et al., ICCV 2021); we
-know no number of it. Four GPUs.
+"""CamVid, HRNetV2-W48, baseline: no number known. Four GPUs; no script is shipped.
 
 python train_net.py --config-file configs/camvid/fcn_hrnet48_base_30k.py --num-gpus 4
 
@@ -7,8 +6,7 @@ Tested at several scales, its weights go with
 --eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
 dataloader.inference.scales=[0.5,0.75,1.0,1.25,1.5,1.75,2.0]
 
-Batch 16, 360x480 crops, 30k iterations, learning rate 0.001 and weight decay 1e-4 are its
-release's, which trains void as a twelfth class; ours ignores it.
+Void is ignored; in the release it is a twelfth class.
 """
 
 from ..common.data.camvid import dataloader, dataset
@@ -19,6 +17,7 @@ from ..common.train import train
 
 optimizer.lr = 1e-3
 optimizer.weight_decay = 1e-4
+model.sem_seg_head.align_corners = True
 train.max_iter = 30_000
 train.eval_period = 1000
 train.checkpointer.period = 1000

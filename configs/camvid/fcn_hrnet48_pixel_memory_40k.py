@@ -1,5 +1,5 @@
-"""CamVid, HRNetV2-W48, pixel contrast with a memory bank, on the four branches joined (Wang et al.,
-ICCV 2021); we know no number of it. Four GPUs.
+"""CamVid, HRNetV2-W48, pixel contrast with a memory of regions and pixels: no number known. Four
+GPUs; no script is shipped.
 
 python train_net.py --config-file configs/camvid/fcn_hrnet48_pixel_memory_40k.py --num-gpus 4
 
@@ -7,11 +7,12 @@ Tested at several scales, its weights go with
 --eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
 dataloader.inference.scales=[0.5,0.75,1.0,1.25,1.5,1.75,2.0]
 
-Temperature 0.07 and a warm-up of 3000 iterations are the release's for CamVid; the paper has 0.1.
-The memory holds a region of each training image and ten times as many pixels, as in the paper.
+Preset `pixel_memory_semi_hard`: the paper's memory and pairs; the weight of 0.1 and a warm-up of
+3000 iterations are the release's for this dataset. Void is ignored; in the release it is a twelfth
+class. A temperature of 0.07 is the release's for this dataset; the paper has 0.1.
 """
 
-from ..common.contrast.pixel import pixel_memory as _pixel_memory
+from ..common.contrast.pixel import pixel_memory_semi_hard as _pixel_memory
 from ..common.contrast.taps import joined as _joined
 from ..common.contrast.taps import tap as _tap
 from .fcn_hrnet48_base_40k import dataloader, dataset, lr_multiplier, model, optimizer, train

@@ -1,14 +1,17 @@
-"""CamVid, OCR on HRNetV2-W48, baseline: 82.69 mIoU with multi-scale testing (Sung et al., arXiv
-2608.22679, Table III). The paper does not state how many GPUs; ours: four.
+"""CamVid, OCR on HRNetV2-W48, baseline: 82.69 mIoU with multi-scale testing (Table III of Sung et
+al., arXiv 2608.22679). Four GPUs; the paper does not state how many.
 
 python train_net.py --config-file configs/camvid/ocr_hrnet48_base_6k.py --num-gpus 4
 
 Tested at several scales, its weights go with
 --eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
 dataloader.inference.scales=[0.75,1.0,1.25,1.5,1.75,2.0]
+
+Whether the paper has these images of 480x360 or the 960x720 ones, it does not state.
 """
 
 from ..common.models.ocr import model
 from .fcn_hrnet48_base_6k import dataloader, dataset, lr_multiplier, optimizer, train
 
+model.sem_seg_head.dropout = 0.0
 train.output_dir = "output/camvid/ocr_hrnet48_base_6k"

@@ -1,4 +1,5 @@
-"""CamVid, Semantic FPN on ResNet-18, multi- and cross-scale contrast as in the paper. One GPU.
+"""CamVid, Semantic FPN on ResNet-18, multi- and cross-scale contrast, preset `ms_cs`: the
+paper's sampling with our floor of 32 anchors of each class. One GPU.
 
 python train_net.py --config-file configs/camvid/semfpn_r18_ms_cs_6k.py
 """

@@ -1,5 +1,5 @@
 """CamVid, Semantic FPN on ResNet-18, pixel contrast with a memory bank and semi-hard
-pairs, as in the paper. One GPU.
+pairs as in the paper, with the weight of its official code. One GPU.
 
 python train_net.py --config-file configs/camvid/semfpn_r18_pixel_memory_semi_hard_6k.py
 

@@ -2,9 +2,6 @@
 2022). Four GPUs.
 
 python train_net.py --config-file configs/cityscapes/deeplabv3_r101_base_120k.py --num-gpus 4
-
-The paper has batch 12 and 120k iterations; learning rate, weight decay and the weights of the
-classes are those of its HRNet. Neither auxiliary head nor dropout, as in its release.
 """
 
 from ..common.class_weights import cityscapes as _class_weights
@@ -14,4 +11,5 @@ from .fcn_hrnet48_base_120k import dataloader, dataset, lr_multiplier, optimizer
 model.seg_loss.main.class_weights = _class_weights
 model.sem_seg_head.aux_feature = None
 model.sem_seg_head.dropout = 0.0
+model.sem_seg_head.align_corners = True
 train.output_dir = "output/cityscapes/deeplabv3_r101_base_120k"

@@ -1,8 +1,15 @@
-"""Cityscapes, DeepLabV3 on ResNet-101, pixel contrast within the batch, on C5, with the anchors of
-Wang et al., ICCV 2021. The release has 77.7 mIoU with anchors as in
-deeplabv3_r101_pixel_release_40k.py; we know no number with these. Four GPUs.
+"""Cityscapes, DeepLabV3 on ResNet-101, pixel contrast within the batch on C5: no number known.
+Four GPUs.
 
 python train_net.py --config-file configs/cityscapes/deeplabv3_r101_pixel_40k.py --num-gpus 4
+
+Tested at several scales, its weights go with
+--eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
+dataloader.inference.scales=[0.5,0.75,1.0,1.25,1.5,1.75,2.0]
+
+Preset `pixel`: the paper's anchors, with weight and warm-up of the release. The stem of three
+convolutions, 512 channels and the auxiliary head are mmsegmentation's, and alike in the release of
+Wang et al., ICCV 2021.
 """
 
 from ..common.contrast.pixel import pixel as _pixel

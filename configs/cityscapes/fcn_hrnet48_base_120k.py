@@ -2,8 +2,6 @@
 Four GPUs.
 
 python train_net.py --config-file configs/cityscapes/fcn_hrnet48_base_120k.py --num-gpus 4
-
-Batch 12 and 120k iterations; all else as in the short schedule.
 """
 
 from .fcn_hrnet48_base_40k import dataloader, dataset, lr_multiplier, model, optimizer, train

@@ -1,12 +1,14 @@
-"""Cityscapes, HRNetV2-W48, multi- and cross-scale contrast on its four branches: 82.2 mIoU (Tables
-3(b), 5(a) and 7(b) of Pissas et al., ECCV 2022). Four GPUs.
+"""Cityscapes, HRNetV2-W48, multi- and cross-scale contrast: 82.2 mIoU (Tables 2, 3(b), 5(a) and
+7(b) of Pissas et al., ECCV 2022). Four GPUs.
 
 python train_net.py --config-file configs/cityscapes/fcn_hrnet48_ms_cs_120k.py --num-gpus 4
+
+Preset `ms_cs`, ours: the paper's sampling with at least 32 anchors of each class.
 """
 
 from ..common.contrast.ms_cs import ms_cs as _contrast
 from .fcn_hrnet48_base_120k import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _contrast
-model.contrast.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
+model.contrast.max_anchors = 40_000  # 10,000 on each of four GPUs
 train.output_dir = "output/cityscapes/fcn_hrnet48_ms_cs_120k"

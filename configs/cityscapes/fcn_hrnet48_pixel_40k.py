@@ -1,8 +1,13 @@
-"""Cityscapes, HRNetV2-W48, pixel contrast within the batch, with the anchors of Wang et al., ICCV
-2021. The paper's number is with a memory; its release, without one, has 80.2 mIoU with anchors as
-in fcn_hrnet48_pixel_release_40k.py. Four GPUs.
+"""Cityscapes, HRNetV2-W48, pixel contrast within the batch: no number known. Four GPUs.
 
 python train_net.py --config-file configs/cityscapes/fcn_hrnet48_pixel_40k.py --num-gpus 4
+
+Tested at several scales, its weights go with
+--eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
+dataloader.inference.scales=[0.5,0.75,1.0,1.25,1.5,1.75,2.0]
+
+Preset `pixel`: the paper's anchors, with weight and warm-up of the release. The paper's number is
+with a memory, its release's with the anchors of `pixel_release`.
 """
 
 from ..common.contrast.pixel import pixel as _pixel

@@ -2,9 +2,6 @@
 Four GPUs.
 
 python train_net.py --config-file configs/cityscapes/ocr_hrnet48_base_120k.py --num-gpus 4
-
-The paper has batch 12 and 120k iterations; learning rate, weight decay and the weights of the
-classes are those of its HRNet.
 """
 
 from ..common.class_weights import cityscapes as _class_weights
@@ -12,4 +9,5 @@ from ..common.models.ocr import model
 from .fcn_hrnet48_base_120k import dataloader, dataset, lr_multiplier, optimizer, train
 
 model.seg_loss.main.class_weights = _class_weights
+model.sem_seg_head.align_corners = True
 train.output_dir = "output/cityscapes/ocr_hrnet48_base_120k"

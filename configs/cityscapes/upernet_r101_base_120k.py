@@ -2,12 +2,9 @@
 Four GPUs.
 
 python train_net.py --config-file configs/cityscapes/upernet_r101_base_120k.py --num-gpus 4
-
-The paper has batch 12 and 120k iterations; learning rate and weight decay are those of its HRNet.
-It does not state whether classes are weighed; ours are not. No auxiliary head, since its release
-cannot have one on a ResNet.
 """
 
+from ..common.class_weights import cityscapes as _class_weights
 from ..common.models.upernet import model
 from .fcn_hrnet48_base_120k import dataloader, dataset, lr_multiplier, optimizer, train
 
@@ -15,4 +12,5 @@ model.backbone.name = "resnet101.tv_in1k"
 model.backbone.norm_outputs = False
 model.backbone.drop_path_rate = None
 model.sem_seg_head.aux_feature = None
+model.seg_loss.main.class_weights = _class_weights
 train.output_dir = "output/cityscapes/upernet_r101_base_120k"

@@ -1,5 +1,5 @@
-"""Cityscapes, UPerNet on Swin-S, baseline: 80.9 mIoU (Table 5(a) of Pissas et al., ECCV 2022). Four
-GPUs.
+"""Cityscapes, UPerNet on Swin-S, baseline: 80.9 mIoU (Table 5(a) of Pissas et al., ECCV 2022).
+Four GPUs.
 
 python train_net.py --config-file configs/cityscapes/upernet_swin_small_base_160k.py --num-gpus 4
 """

@@ -1,7 +1,9 @@
-"""Cityscapes, UPerNet on Swin-S, multi- and cross-scale contrast on the backbone's four maps: 81.7
-mIoU (Tables 3(a) and 5(a) of Pissas et al., ECCV 2022). Four GPUs.
+"""Cityscapes, UPerNet on Swin-S, multi- and cross-scale contrast: 81.7 mIoU (Tables 3(a) and 5(a)
+of Pissas et al., ECCV 2022). Four GPUs.
 
 python train_net.py --config-file configs/cityscapes/upernet_swin_small_ms_cs_160k.py --num-gpus 4
+
+Preset `ms_cs`, ours: the paper's sampling with at least 32 anchors of each class.
 """
 
 from ..common.contrast.ms_cs import ms_cs as _contrast
@@ -15,5 +17,5 @@ from .upernet_swin_small_base_160k import (
 )
 
 model.contrast = _contrast
-model.contrast.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
+model.contrast.max_anchors = 40_000  # 10,000 on each of four GPUs
 train.output_dir = "output/cityscapes/upernet_swin_small_ms_cs_160k"

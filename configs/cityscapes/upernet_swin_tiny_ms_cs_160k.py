@@ -1,12 +1,14 @@
-"""Cityscapes, UPerNet on Swin-T, multi- and cross-scale contrast on the backbone's four maps: 79.9
-mIoU (Table 5(a) of Pissas et al., ECCV 2022). Four GPUs.
+"""Cityscapes, UPerNet on Swin-T, multi- and cross-scale contrast: 79.9 mIoU (Table 5(a) of Pissas
+et al., ECCV 2022). Four GPUs.
 
 python train_net.py --config-file configs/cityscapes/upernet_swin_tiny_ms_cs_160k.py --num-gpus 4
+
+Preset `ms_cs`, ours: the paper's sampling with at least 32 anchors of each class.
 """
 
 from ..common.contrast.ms_cs import ms_cs as _contrast
 from .upernet_swin_tiny_base_160k import dataloader, dataset, lr_multiplier, model, optimizer, train
 
 model.contrast = _contrast
-model.contrast.max_anchors = 40_000  # the paper's 10,000 on each of its four GPUs
+model.contrast.max_anchors = 40_000  # 10,000 on each of four GPUs
 train.output_dir = "output/cityscapes/upernet_swin_tiny_ms_cs_160k"

@@ -1,19 +1,16 @@
-"""COCO-Stuff 10k, HRNetV2-W48, baseline: 36.04 mIoU with multi-scale testing (Sung et al., arXiv
-2608.22679, Table III). The paper does not state how many GPUs; ours: four.
+"""COCO-Stuff 10k, HRNetV2-W48, baseline: 36.04 mIoU with multi-scale testing (Table III of Sung et
+al., arXiv 2608.22679). Four GPUs; the paper does not state how many.
 
 python train_net.py --config-file configs/coco_stuff/fcn_hrnet48_base_60k.py --num-gpus 4
 
 Tested at several scales, its weights go with
 --eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
 dataloader.inference.scales=[0.75,1.0,1.25,1.5,1.75,2.0]
-
-Batch 16, 512x512 crops, 60k iterations, learning rate 0.01, weight decay 5e-4. The ranges of its
-augmentations the paper does not state; ours are those of Pissas et al., ECCV 2022.
 """
 
 from ..common.data.coco_stuff import dataloader, dataset
 from ..common.models.fcn_hrnet import model
-from ..common.optim import lr_multiplier
+from ..common.optim import poly_to_minimum as lr_multiplier
 from ..common.optim import sgd as optimizer
 from ..common.train import train
 

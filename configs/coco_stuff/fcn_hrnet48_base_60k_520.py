@@ -1,15 +1,10 @@
-"""COCO-Stuff 10k, HRNetV2-W48, baseline of pixel contrast (Wang et al., ICCV 2021), on 520x520
-crops; we know no number of it. Four GPUs.
+"""COCO-Stuff 10k, HRNetV2-W48, baseline: no number known. Four GPUs; its scripts name GPUs 0 to 3.
 
 python train_net.py --config-file configs/coco_stuff/fcn_hrnet48_base_60k_520.py --num-gpus 4
 
 Tested at several scales, its weights go with
 --eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
 dataloader.inference.scales=[0.5,0.75,1.0,1.25,1.5,1.75,2.0]
-
-Batch 16, 520x520 crops of images whose short side is 520, 60k iterations, learning rate 0.001, ten
-times that of all but the backbone, and weight decay 1e-4 are its release's. That changes the
-brightness only; ours are the augmentations of Pissas et al., ECCV 2022.
 """
 
 from ..common.data.coco_stuff import dataloader, dataset
@@ -18,6 +13,7 @@ from ..common.optim import lr_multiplier
 from ..common.optim import sgd_fast_head as optimizer
 from ..common.train import train
 
+model.sem_seg_head.align_corners = True
 train.max_iter = 60_000
 train.eval_period = 3000
 train.checkpointer.period = 3000

@@ -1,5 +1,5 @@
-"""COCO-Stuff 10k, OCR on HRNetV2-W48, baseline of pixel contrast (Wang et al., ICCV 2021), on
-520x520 crops; we know no number of it. Four GPUs.
+"""COCO-Stuff 10k, OCR on HRNetV2-W48, baseline: no number known. Four GPUs; its scripts name GPUs
+0 to 3.
 
 python train_net.py --config-file configs/coco_stuff/ocr_hrnet48_base_60k_520.py --num-gpus 4
 
@@ -11,4 +11,5 @@ dataloader.inference.scales=[0.5,0.75,1.0,1.25,1.5,1.75,2.0]
 from ..common.models.ocr import model
 from .fcn_hrnet48_base_60k_520 import dataloader, dataset, lr_multiplier, optimizer, train
 
+model.sem_seg_head.align_corners = True
 train.output_dir = "output/coco_stuff/ocr_hrnet48_base_60k_520"

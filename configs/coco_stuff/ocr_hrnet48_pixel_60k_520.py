@@ -1,5 +1,5 @@
-"""COCO-Stuff 10k, OCR on HRNetV2-W48, pixel contrast within the batch, on the four branches joined
-(Wang et al., ICCV 2021); we know no number of it. Four GPUs.
+"""COCO-Stuff 10k, OCR on HRNetV2-W48, pixel contrast within the batch: no number known. Four GPUs;
+its scripts name GPUs 0 to 3.
 
 python train_net.py --config-file configs/coco_stuff/ocr_hrnet48_pixel_60k_520.py --num-gpus 4
 
@@ -7,7 +7,8 @@ Tested at several scales, its weights go with
 --eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
 dataloader.inference.scales=[0.5,0.75,1.0,1.25,1.5,1.75,2.0]
 
-The temperature is that of the release for this dataset; the paper has 0.1.
+Preset `pixel`: the paper's anchors, with weight and warm-up of the release. A temperature of 0.07
+is the release's for this dataset; the paper has 0.1.
 """
 
 from ..common.contrast.pixel import pixel as _pixel

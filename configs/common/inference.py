@@ -40,7 +40,8 @@ ade20k_short_side_multi_scale = L(InferenceProtocol)(
     flip=True,
     pad_value="${model.pixel_mean}",
 )
-# One view has a short side of 512; several have a long side of 520 times the scale.
+# One view has a short side of 512, which the release has in a comment and in a config that it does
+# not ship; several have a long side of 520 times the scale.
 pascal_context = L(InferenceProtocol)(short_side=512, pad_value="${model.pixel_mean}")
 pascal_context_multi_scale = L(InferenceProtocol)(
     long_side=520,

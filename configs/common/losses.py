@@ -37,11 +37,24 @@ lovasz = L(SegLoss)(
     )
 )
 
+# With a cross entropy of the same weight, as in the official code of Wang et al., ICCV 2021.
+cross_entropy_lovasz = L(SegLoss)(
+    main=L(LossSum)(
+        losses=L("builtins.dict")(cross_entropy=deepcopy(_pixels), lovasz=deepcopy(lovasz.main)),
+        weights=dict(cross_entropy=1.0, lovasz=1.0),
+    )
+)
+
 # Zhao et al., NeurIPS 2019. It has a cross entropy of its own.
 rmi = L(SegLoss)(
     main=L(RMILoss)(weight=0.5, radius=3, stride=4, ignore_label="${dataset.ignore_label}"),
     aux=deepcopy(_pixels),
 )
+
+# The same in the official code of Wang et al., ICCV 2021.
+rmi_max = deepcopy(rmi)
+rmi_max.main.pool = "max"
+rmi_max.main.stride = 3
 
 # Ke et al., ECCV 2018. The stride is that of a decoder's output; files of coarser ones set it.
 aaf = L(SegLoss)(
@@ -53,6 +66,8 @@ aaf = L(SegLoss)(
                 num_classes="${dataset.num_classes}",
                 kernel_sizes=(3, 5, 7),
                 margin=3.0,
+                decay=10.0,
+                max_iter="${train.max_iter}",
                 stride=4,
                 ignore_label="${dataset.ignore_label}",
             ),

@@ -13,7 +13,7 @@ train = dict(
     # Weights to start from; with --eval-only, those to evaluate.
     init_checkpoint="",
     max_iter=6000,
-    # Autocast to "bf16", or to "fp16" with a loss scaler.
+    # Autocast to "bf16", or to "fp16" with a loss scaler; in evaluations too.
     amp=dict(enabled=False, dtype="bf16"),
     # Arguments of DistributedDataParallel.
     ddp=dict(broadcast_buffers=False, find_unused_parameters=False, fp16_compression=False),
@@ -45,7 +45,7 @@ train = dict(
     # operation without a deterministic algorithm then raises an error.
     deterministic=False,
     # Weights and feature maps in the memory format that tensor cores take; results to rounding.
-    channels_last=False,
+    channels_last="${train.amp.enabled}",
     # Pictures of what the contrast samples, for TensorBoard and in output_dir/dashboard, every so
     # many iterations; None for none.
     dashboard=L(Dashboard)(

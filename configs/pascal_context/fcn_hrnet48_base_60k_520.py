@@ -1,5 +1,4 @@
-"""PASCAL-Context, 59 classes, HRNetV2-W48, baseline of pixel contrast (Wang et al., ICCV 2021), on
-520x520 crops; we know no number of it. Four GPUs.
+"""PASCAL-Context, HRNetV2-W48, baseline: no number known. Four GPUs; its scripts name GPUs 0 to 3.
 
 python train_net.py --config-file configs/pascal_context/fcn_hrnet48_base_60k_520.py --num-gpus 4
 
@@ -7,9 +6,7 @@ Tested at several scales, its weights go with
 --eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
 dataloader.inference.scales=[0.5,0.75,1.0,1.25,1.5,1.75,2.0]
 
-Batch 16, 520x520 crops of images whose short side is 520, 60k iterations, learning rate 0.001, ten
-times that of all but the backbone, and weight decay 1e-4 are its release's. That changes the
-brightness only; ours are the augmentations of Pissas et al., ECCV 2022.
+The release changes the brightness only; ours are the augmentations of Pissas et al., ECCV 2022.
 """
 
 from ..common.data.pascal_context import dataloader, dataset
@@ -20,6 +17,7 @@ from ..common.train import train
 
 dataloader.train.mapper.augmentations.short_side = 520
 dataloader.train.mapper.augmentations.crop_size = (520, 520)
+model.sem_seg_head.align_corners = True
 train.max_iter = 60_000
 train.eval_period = 3000
 train.checkpointer.period = 3000

@@ -1,6 +1,5 @@
-"""PASCAL-Context, 59 classes, HRNetV2-W48, pixel contrast within the batch, on the four branches
-joined: 55.1 mIoU with multi-scale testing (Wang et al., ICCV 2021, in Table 6 of Pissas et al.,
-ECCV 2022). Four GPUs.
+"""PASCAL-Context, HRNetV2-W48, pixel contrast within the batch: no number known. Four GPUs; its
+scripts name GPUs 0 to 3.
 
 python train_net.py --config-file configs/pascal_context/fcn_hrnet48_pixel_60k_520.py --num-gpus 4
 
@@ -8,7 +7,8 @@ Tested at several scales, its weights go with
 --eval-only train.init_checkpoint=FILE dataloader.inference.flip=True
 dataloader.inference.scales=[0.5,0.75,1.0,1.25,1.5,1.75,2.0]
 
-The temperature is that of the release for this dataset; the paper has 0.1.
+Preset `pixel`: the paper's anchors, with weight and warm-up of the release. A temperature of 0.07
+is the release's for this dataset; the paper has 0.1.
 """
 
 from ..common.contrast.pixel import pixel as _pixel

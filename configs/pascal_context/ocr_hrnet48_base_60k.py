@@ -1,5 +1,5 @@
-"""PASCAL-Context, 59 classes, OCR on HRNetV2-W48, baseline: 53.25 mIoU with multi-scale testing
-(Sung et al., arXiv 2608.22679, Table III). The paper does not state how many GPUs; ours: four.
+"""PASCAL-Context, OCR on HRNetV2-W48, baseline: 53.25 mIoU with multi-scale testing (Table III of
+Sung et al., arXiv 2608.22679). Four GPUs; the paper does not state how many.
 
 python train_net.py --config-file configs/pascal_context/ocr_hrnet48_base_60k.py --num-gpus 4
 
@@ -11,4 +11,5 @@ dataloader.inference.scales=[0.75,1.0,1.25,1.5,1.75,2.0]
 from ..common.models.ocr import model
 from .fcn_hrnet48_base_60k import dataloader, dataset, lr_multiplier, optimizer, train
 
+model.sem_seg_head.dropout = 0.0
 train.output_dir = "output/pascal_context/ocr_hrnet48_base_60k"

@@ -11,15 +11,22 @@ from torch import nn
 
 
 def poly_schedule(
-    *, max_iter: int, power: float = 0.9, warmup_iters: int = 0, warmup_factor: float = 1e-3
+    *,
+    max_iter: int,
+    power: float = 0.9,
+    warmup_iters: int = 0,
+    warmup_factor: float = 1e-3,
+    min_factor: float = 0.0,
 ) -> ParamScheduler:
-    """The multiplier (1 - t / max_iter)^power of the learning rate, with optional linear warm-up.
+    """The multiplier m + (1 - m) (1 - t / max_iter)^power of the learning rate, with m of
+    `min_factor`, and optional linear warm-up.
 
     Args:
         max_iter: length of the training in iterations.
         power: of the decay; 1 is linear.
         warmup_iters: iterations in which the multiplier rises from `warmup_factor` to the curve.
         warmup_factor: multiplier of iteration 0, with warm-up.
+        min_factor: what the multiplier falls to.
 
     Raises:
         ValueError: a warm-up that is not shorter than the training, or a number out of range.
@@ -34,10 +41,25 @@ def poly_schedule(
         raise ValueError(f"power={power}: must be above 0.")
     if not 0 <= warmup_factor <= 1:
         raise ValueError(f"warmup_factor={warmup_factor}: must lie in [0, 1].")
-    decay = PolynomialDecayParamScheduler(base_value=1.0, power=power)
+    if not 0 <= min_factor < 1:
+        raise ValueError(f"min_factor={min_factor}: must lie in [0, 1).")
+    decay: ParamScheduler = PolynomialDecayParamScheduler(base_value=1.0 - min_factor, power=power)
+    if min_factor > 0:
+        decay = _Raised(decay, min_factor)
     if warmup_iters == 0:
         return decay
     return WarmupParamScheduler(decay, warmup_factor, warmup_iters / max_iter)
+
+
+class _Raised(ParamScheduler):
+    """A schedule and a constant."""
+
+    def __init__(self, schedule: ParamScheduler, constant: float) -> None:
+        self.schedule = schedule
+        self.constant = constant
+
+    def __call__(self, where: float) -> float:
+        return self.constant + self.schedule(where)
 
 
 def optimizer_params(

@@ -13,7 +13,16 @@ from .multiscale import MultiScaleContrast
 from .pairs import SemiHardPairs
 from .pixel import PixelContrast
 from .pne import PNE
-from .presets import contextrast, ms_cs, ms_cs_release, pixel_contrast, pixel_contrast_release, pne
+from .presets import (
+    contextrast,
+    ms_cs,
+    ms_cs_paper,
+    ms_cs_release,
+    pixel_contrast,
+    pixel_contrast_release,
+    pne,
+    pne_release,
+)
 from .projector import MultiScaleProjector, Projector
 from .sampling import BalancedSampler, Batch, Sampler, downsample_labels
 from .sets import (
@@ -63,9 +72,11 @@ __all__ = [
     "info_nce",
     "mean_similarities",
     "ms_cs",
+    "ms_cs_paper",
     "ms_cs_release",
     "pixel_contrast",
     "pixel_contrast_release",
     "pne",
+    "pne_release",
     "squared_distance_to_other",
 ]

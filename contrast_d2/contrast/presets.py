@@ -35,35 +35,71 @@ def ms_cs(
     min_per_class: int = 32,
     negatives: Sampler | None = None,
     embed_dim: int = 256,
+    num_hidden: int = 2,
     norm: Norm = "batch",
     projection: Projection = "dense",
     across_processes: bool = False,
 ) -> MultiScaleContrast:
-    """Multi- and cross-scale contrast as its paper states it, but for `min_per_class`.
+    """Multi- and cross-scale contrast as we use it: `ms_cs_paper` with a floor of anchors a class.
 
     Args:
         channels: of each feature map, from fine to coarse.
         num_classes: K.
         scale_weights: by map; None for 1, 0.7, 0.4 and 0.1 in the order of `channels`.
         cross_scale: pairs of maps with weights; None for the first map with each of the last two.
-        weight, temperature: as in `MultiScaleContrast`.
-        max_anchors: per map, of the whole batch; the paper's 10,000 is for the images of one GPU.
-        min_per_class: see `BalancedSampler`. Not in the paper, for which one tiny object cuts every
-            class to its size; 0 is literal.
+        weight, temperature: as in `MultiScaleContrast`; the paper gives the weight no value, the
+            official code has 0.1.
+        max_anchors: per map, of the whole batch; 10,000 is the official code's for the images of
+            one GPU, and without a value in the paper.
+        min_per_class: see `BalancedSampler`. In the paper one tiny object cuts every class to its
+            size.
         negatives: as in `MultiScaleContrast`.
-        embed_dim, norm, projection: as in `MultiScaleProjector`.
+        embed_dim, num_hidden, norm, projection: as in `MultiScaleProjector`.
         across_processes: as in `ContrastMethod`.
 
-    Reference: Pissas et al., ECCV 2022, sections 3.2 to 3.4 and 4.1.
+    Reference: Pissas et al., ECCV 2022, sections 3.2 to 3.4 and 4.3.
     """
     return MultiScaleContrast(
-        MultiScaleProjector(channels, embed_dim, num_hidden=2, norm=norm, projection=projection),
+        MultiScaleProjector(
+            channels, embed_dim, num_hidden=num_hidden, norm=norm, projection=projection
+        ),
         BalancedSampler(num_classes, max_anchors=max_anchors, min_per_class=min_per_class),
         scale_weights=_scale_weights(channels) if scale_weights is None else scale_weights,
         cross_scale=_cross_scale(channels) if cross_scale is None else cross_scale,
         weight=weight,
         temperature=temperature,
         negatives=negatives,
+        across_processes=across_processes,
+    )
+
+
+def ms_cs_paper(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    scale_weights: Mapping[str, float] | None = None,
+    cross_scale: CrossScale | None = None,
+    weight: float = 0.1,
+    temperature: float = 0.1,
+    max_anchors: int = 10_000,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> MultiScaleContrast:
+    """Multi- and cross-scale contrast to the letter of its paper: the rarest class of the batch
+    sets how many anchors every class has. Arguments as in `ms_cs`.
+
+    Reference: Pissas et al., ECCV 2022, sections 3.2 to 3.4 and 4.3.
+    """
+    return ms_cs(
+        channels,
+        num_classes,
+        scale_weights=scale_weights,
+        cross_scale=cross_scale,
+        weight=weight,
+        temperature=temperature,
+        max_anchors=max_anchors,
+        min_per_class=0,
+        embed_dim=embed_dim,
         across_processes=across_processes,
     )
 
@@ -80,7 +116,9 @@ def ms_cs_release(
     embed_dim: int = 256,
     across_processes: bool = False,
 ) -> MultiScaleContrast:
-    """Multi- and cross-scale contrast as its official code does it; arguments as in `ms_cs`."""
+    """Multi- and cross-scale contrast as its official code does it: the same number of anchors
+    for every image and class with at least 5 pixels, projectors of one hidden block, and a mean
+    that counts anchors without positives. Arguments as in `ms_cs`."""
     return MultiScaleContrast(
         MultiScaleProjector(channels, embed_dim, num_hidden=1, bn_momentum=3e-4),
         BalancedSampler(
@@ -120,7 +158,8 @@ def pixel_contrast(
         channels: of the feature map, by its name.
         num_classes: K.
         feature: which map, where `channels` has several.
-        weight: as in `PixelContrast`.
+        weight: as in `PixelContrast`; the official code's without a memory. With one, code and
+            paper have 1.
         temperature: the paper's; the official configurations for PASCAL-Context and COCO-Stuff
             have 0.07.
         max_anchors: of the whole batch.
@@ -154,13 +193,21 @@ def pixel_contrast_release(
     weight: float = 0.1 * 0.1 / 0.07,
     temperature: float = 0.1,
     max_anchors: int = 1024,
+    max_per_group: int = 100,
     warmup_iters: int = 5000,
+    memory: MemoryBank | None = None,
     embed_dim: int = 256,
     across_processes: bool = False,
 ) -> PixelContrast:
-    """Pixel contrast as its official code does it without memory; arguments as in `pixel_contrast`.
+    """Pixel contrast with the anchors and factors of its official code.
 
     It scales the loss by temperature / 0.07, and its `max_anchors` are for the images of one GPU.
+    With a memory it takes one anchor of each image and class, which its halves leave to the rightly
+    predicted pixels, and contrasts with the memory alone, where ours holds the batch as well.
+
+    Args:
+        max_per_group: anchors of each image and class that has more pixels than that.
+        others: as in `pixel_contrast`.
     """
     return PixelContrast(
         MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
@@ -168,13 +215,15 @@ def pixel_contrast_release(
             num_classes,
             balance="image_class",
             max_anchors=max_anchors,
-            max_per_group=100,
-            min_pixels=101,
+            max_per_group=max_per_group,
+            min_pixels=max_per_group + 1,
+            hard_share=(max_per_group // 2) / max_per_group,
             fill_from="easy",
         ),
         feature=_only(channels) if feature is None else feature,
         weight=weight,
         temperature=temperature,
+        memory=memory,
         warmup_iters=warmup_iters,
         across_processes=across_processes,
     )
@@ -227,17 +276,17 @@ def pne(
     weight: float = 1.3,
     temperature: float = 1.0,
     max_hard: float | int = 199 / 8192,
-    official_code: bool = False,
     embed_dim: int = 256,
     across_processes: bool = False,
 ) -> PNE:
-    """Positive-negative equal contrast with the values of its official code.
+    """Positive-negative equal contrast with the values of its official code, random draws, and a
+    gate that is the same share of any map.
 
     Args:
         channels: of the feature map, by its name.
         num_classes: K.
         feature: which map, where `channels` has several.
-        weight, temperature, max_hard, official_code: as in `PNE`.
+        weight, temperature, max_hard: as in `PNE`.
         embed_dim: as in `MultiScaleProjector`.
         across_processes: as in `ContrastMethod`.
 
@@ -251,7 +300,32 @@ def pne(
         temperature=temperature,
         samples_per_group=100,
         max_hard=max_hard,
-        official_code=official_code,
+        across_processes=across_processes,
+    )
+
+
+def pne_release(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    feature: str | None = None,
+    weight: float = 1.3,
+    temperature: float = 1.0,
+    max_hard: int = 199,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> PNE:
+    """Positive-negative equal contrast as its official code does it: pixels in raster order, no
+    gradient through an anchor's length, and a gate in pixels. Arguments as in `pne`."""
+    return PNE(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        num_classes,
+        feature=_only(channels) if feature is None else feature,
+        weight=weight,
+        temperature=temperature,
+        samples_per_group=100,
+        max_hard=max_hard,
+        official_code=True,
         across_processes=across_processes,
     )
 

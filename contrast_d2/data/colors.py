@@ -5,25 +5,30 @@ Images are (H, W, 3) uint8, RGB, 0..255. H, W: height and width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import Transform
-from PIL import Image, ImageStat
-from torchvision.transforms import functional as tvf
 
 from .checks import checked_range
 
-# The hue is changed in blocks of about so many pixels, whose intermediate values fit in a cache.
+# Colours are changed in blocks of about so many pixels, whose intermediate values fit in a cache.
 _BLOCK = 1 << 15
+# What a pixel's channels add to its grey, of 256.
+_GREY = (77, 150, 29)
+
+# Takes the (3, R, W) int16 channels of some rows, which it may overwrite, and returns others.
+_Change = Callable[..., np.ndarray]
 
 
 class ColorJitter(T.Augmentation):
     """Changes brightness, contrast, saturation and hue, in random order, of an RGB uint8 image.
 
-    The changes are torchvision's, to the bit for the first three. The shift of the hue is that of
-    `shift_hue`, which is nearer to the exact one.
+    The first three are torchvision's `adjust_brightness` and so on, each to within two grey levels.
+    The shift of the hue is that of `shift_hue`. The result's planes lie one after the other in
+    memory, as a network's input has them.
 
     Args:
         brightness, contrast, saturation: range of the factor, uniform; 1 changes nothing.
@@ -50,21 +55,28 @@ class ColorJitter(T.Augmentation):
 
     def get_transform(self, image: np.ndarray) -> Transform:
         """Draws a change of the colours."""
-        changes = [
-            (_adjust_brightness, np.random.uniform(*self.brightness)),
-            (_adjust_contrast, np.random.uniform(*self.contrast)),
-            (tvf.adjust_saturation, np.random.uniform(*self.saturation)),
-            (_adjust_hue, np.random.uniform(-self.hue, self.hue)),
-        ]
-        order = np.random.permutation(len(changes))
+        brightness, contrast, saturation = (
+            np.random.uniform(*limits)
+            for limits in (self.brightness, self.contrast, self.saturation)
+        )
+        hue = np.random.uniform(-self.hue, self.hue)
+        order = np.random.permutation(4).tolist()
 
-        def apply(pil_image: Image.Image) -> Image.Image:
-            for i in order:
-                adjust, amount = changes[i]
-                pil_image = adjust(pil_image, amount)
-            return pil_image
+        def apply(pixels: np.ndarray) -> np.ndarray:
+            planes = _planes(pixels)
+            changes: list[_Change] = [
+                partial(_scale_brightness, factor=brightness),
+                partial(_scale_contrast, factor=contrast),
+                partial(_scale_saturation, factor=saturation),
+                partial(_turn_hue, shift=hue),
+            ]
+            at_contrast = order.index(1)
+            _change(planes, [changes[i] for i in order[:at_contrast]])
+            changes[1] = partial(changes[1], grey=_mean_grey(planes))
+            _change(planes, [changes[i] for i in order[at_contrast:]])
+            return planes.transpose(1, 2, 0)
 
-        return T.PILColorTransform(apply)
+        return T.ColorTransform(apply)
 
 
 def shift_hue(image: np.ndarray, shift: float) -> np.ndarray:
@@ -84,53 +96,79 @@ def shift_hue(image: np.ndarray, shift: float) -> np.ndarray:
     Returns:
         (H, W, 3) uint8.
     """
+    planes = _planes(image)
+    _change(planes, [partial(_turn_hue, shift=shift)])
+    return planes.transpose(1, 2, 0)
+
+
+def _planes(image: np.ndarray) -> np.ndarray:
+    """A copy of an (H, W, 3) image, as (3, H, W)."""
+    return np.array(image.transpose(2, 0, 1), order="C")
+
+
+def _change(planes: np.ndarray, changes: Sequence[_Change]) -> None:
+    """Applies changes to (3, H, W) uint8 planes, block by block."""
+    rows = max(1, _BLOCK // planes.shape[2])
+    for y in range(0, planes.shape[1] if changes else 0, rows):
+        channels = planes[:, y : y + rows].astype(np.int16)
+        for change in changes:
+            channels = change(channels)
+        planes[:, y : y + rows] = channels
+
+
+def _mean_grey(planes: np.ndarray) -> int:
+    means = planes.sum(axis=1, dtype=np.uint32).sum(axis=1) / planes[0].size
+    return int(np.dot(means, _GREY) / 256 + 0.5)
+
+
+def _scale_brightness(channels: np.ndarray, factor: float) -> np.ndarray:
+    return _stretch(channels, channels, factor)
+
+
+def _scale_contrast(channels: np.ndarray, grey: int, factor: float) -> np.ndarray:
+    return _stretch(channels, channels - np.int16(grey), factor)
+
+
+def _scale_saturation(channels: np.ndarray, factor: float) -> np.ndarray:
+    red, green, blue = channels.view(np.uint16)
+    grey = red * np.uint16(_GREY[0])  # the sum is at most 255 * 256 + 128
+    grey += green * np.uint16(_GREY[1])
+    grey += blue * np.uint16(_GREY[2])
+    grey += np.uint16(128)
+    grey >>= 8
+    return _stretch(channels, channels - grey.view(np.int16), factor)
+
+
+def _stretch(channels: np.ndarray, distances: np.ndarray, factor: float) -> np.ndarray:
+    """Multiplies distances, which are part of the channels, rounding down as Pillow does."""
+    amount = round((factor - 1) * 256)
+    # At most 255 * 128: the largest int16.
+    change = distances * (np.int16 if abs(amount) <= 128 else np.int32)(amount)
+    change >>= 8
+    channels += change
+    if factor > 1:
+        channels.clip(0, 255, out=channels)
+    return channels
+
+
+def _turn_hue(channels: np.ndarray, shift: float) -> np.ndarray:
     turns = round(6 * shift)
     rest = 6 * shift - turns
-    result = np.empty_like(image, order="C")
-    rows = max(1, _BLOCK // image.shape[1])
-    for y in range(0, len(image), rows):
-        # One copy, into whole planes, of which each operation below takes one.
-        channels = image[y : y + rows].transpose(2, 0, 1).astype(np.int16, order="C")
-        _turn(channels, turns, rest, result[y : y + rows])
-    return result
-
-
-def _turn(channels: np.ndarray, turns: int, rest: float, result: np.ndarray) -> None:
-    """Turns the hue of (3, H, W) int16 channels by `turns + rest` times 60 degrees."""
     high = channels.max(axis=0)
     low = channels.min(axis=0)
-    turned = [channels[(i + turns) % 3] for i in range(3)]
+    turned = np.roll(channels, -turns, axis=0) if turns else channels
     if turns % 2:
-        turned = [high + low - channel for channel in turned]
+        turned = high + low - turned
     # At most 255 * 128 + 127: the largest int16.
     reach = ((high - low) * np.int16(round(abs(rest) * 256)) + np.int16(127)) >> 8
     begin, end = low + reach, high - reach
-    for i, channel in enumerate(turned):
+    result = np.empty_like(channels)
+    for i, moved in enumerate(result):
         following = turned[(i + (1 if rest > 0 else -1)) % 3]
-        moved = np.maximum(following, begin)
+        np.maximum(following, begin, out=moved)
         np.minimum(moved, end, out=moved)
         moved -= following
-        moved += channel
+        moved += turned[i]
         np.maximum(moved, low, out=moved)
         np.minimum(moved, high, out=moved)
-        result[..., i] = moved
-
-
-def _adjust_hue(image: Image.Image, shift: float) -> Image.Image:
-    return Image.fromarray(shift_hue(np.asarray(image), shift))
-
-
-def _adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
-    return _blend(image, 0, factor)
-
-
-def _adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
-    mean = ImageStat.Stat(image.convert("L")).mean[0]
-    return _blend(image, int(mean + 0.5), factor)
-
-
-def _blend(image: Image.Image, grey: int, factor: float) -> Image.Image:
-    """Mixes an image with one grey level, which takes one look-up for each value."""
-    levels = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-    table = Image.blend(Image.new("L", levels.size, grey), levels, factor)
-    return image.point(list(table.tobytes()) * len(image.getbands()))
+    return result

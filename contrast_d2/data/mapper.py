@@ -61,8 +61,8 @@ class SemSegMapper:
 
         Returns:
             The record's own entries, ``height`` and ``width`` of the image as stored, ``image``:
-            (3, H, W) uint8 in 0..255, and in training ``sem_seg``: (H, W) int64 with values in
-            0..K-1 or the ignored label.
+            (3, H, W) uint8 in 0..255, and in training ``sem_seg``: (H, W) uint8 with values in
+            0..K-1 or the ignored label. Losses of torch take its ``.long()``.
 
         Raises:
             ValueError: if a file cannot be read, sizes differ, or a label is not defined. The
@@ -83,7 +83,7 @@ class SemSegMapper:
         result = dict(dataset_dict, height=height, width=width)
         result["image"] = torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C"))
         if sample.sem_seg is not None:
-            result["sem_seg"] = torch.from_numpy(sample.sem_seg.astype(np.int64))
+            result["sem_seg"] = torch.from_numpy(sample.sem_seg.astype(np.uint8))
         return result
 
     def _read(self, dataset_dict: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None]:

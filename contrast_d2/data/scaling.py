@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import NoOpTransform, PadTransform, Transform
 from PIL import Image
@@ -108,9 +109,8 @@ class ScaledCropTransform(Transform):
     """Resizes an image and cuts a window out of the result, padding what lies outside.
 
     The result is that of ``ResizeTransform`` with bilinear interpolation and of the crop after it:
-    label maps exactly, images to within two grey levels, and few pixels differ at all. Pillow keeps
-    the window in single precision and rounds after each of two passes, so that what lies next to
-    a half may be rounded to the other side.
+    label maps exactly, images to within two grey levels, as `_part` says, and few pixels differ
+    at all. PyTorch's filter is Pillow's, in a fifth of the time.
 
     Args:
         size: (height, width) of the image in pixels.
@@ -140,7 +140,7 @@ class ScaledCropTransform(Transform):
         self.ignore_label = ignore_label
 
     def apply_image(self, img: np.ndarray) -> np.ndarray:
-        """Resizes the window bilinearly, as Pillow does: averaging where the image shrinks.
+        """Resizes the window bilinearly, averaging where the image shrinks.
 
         Args:
             img: (H, W) or (H, W, 3) uint8.
@@ -155,17 +155,20 @@ class ScaledCropTransform(Transform):
                 "convert them before this augmentation"
             )
         spans = [self._span(axis) for axis in (0, 1)]
-        (top, bottom), (left, right) = spans
-        # What the window's pixels average over, and where in it the window lies.
-        (rows, y0, y1), (columns, x0, x1) = (
-            _source(*span, old, new)
+        (rows, y, all_rows), (columns, x, all_columns) = (
+            _part(*span, old, new)
             for span, old, new in zip(spans, self.size, self.scaled_size, strict=True)
         )
-        source = Image.fromarray(img[rows, columns])
-        window = source.resize(
-            (right - left, bottom - top), Image.Resampling.BILINEAR, box=(x0, y0, x1, y1)
+        # Channels last in memory, for which PyTorch's filter is the fastest.
+        source = np.array(img[None, rows, columns], order="C")
+        resized = torch.ops.aten._upsample_bilinear2d_aa(
+            torch.from_numpy(source.reshape(*source.shape[:3], -1)).permute(0, 3, 1, 2),
+            [all_rows, all_columns],
+            False,
+            *np.divide(self.scaled_size, self.size).tolist(),
         )
-        return self._padded(np.asarray(window), self.pad_value)
+        resized = resized[0].permute(1, 2, 0).numpy().reshape(all_rows, all_columns, *img.shape[2:])
+        return self._padded(resized[y, x], self.pad_value)
 
     def apply_segmentation(self, segmentation: np.ndarray) -> np.ndarray:
         """Resizes the window to the nearest pixel.
@@ -181,7 +184,13 @@ class ScaledCropTransform(Transform):
             _nearest(old, new)[slice(*self._span(axis))]
             for axis, (old, new) in enumerate(zip(self.size, self.scaled_size, strict=True))
         )
-        return self._padded(segmentation[rows].take(columns, axis=1), self.ignore_label)
+        # Columns are slower to take than rows, so of the fewer rows.
+        if self.scaled_size[0] > self.size[0]:
+            first = rows[0]
+            window = segmentation[first : rows[-1] + 1].take(columns, axis=1)[rows - first]
+        else:
+            window = segmentation[rows].take(columns, axis=1)
+        return self._padded(window, self.ignore_label)
 
     def apply_coords(self, coords: np.ndarray) -> np.ndarray:
         """Moves (N, 2) points, x first, in pixels of the image, to pixels of the window."""
@@ -294,9 +303,7 @@ class RandomScaledCrop(T.Augmentation):
 
     def _draw_class_pixel(self, labels: np.ndarray) -> np.ndarray | None:
         """Draws a class of the (H, W) uint8 labels and a pixel (y, x) of it; None without any."""
-        counts = np.bincount(labels.ravel(), minlength=256)
-        counts[self.pad.ignore_label] = 0
-        classes = np.flatnonzero(counts)
+        classes = np.flatnonzero(self._counts(labels))
         if len(classes) == 0:
             return None
         drawn = classes[np.random.randint(len(classes))]
@@ -305,24 +312,47 @@ class RandomScaledCrop(T.Augmentation):
 
     def _is_mixed(self, labels: np.ndarray) -> bool:
         """Whether no class of the (H, W) uint8 labels covers too much."""
-        counts = np.bincount(labels.ravel(), minlength=256)
-        counts[self.pad.ignore_label] = 0
+        counts = self._counts(labels)
         return counts.max() < counts.sum() * self.max_class_area
 
+    def _counts(self, labels: np.ndarray) -> np.ndarray:
+        """(256,) pixels of each class in (H, W) uint8 labels."""
+        flat = labels.ravel()
+        # As four channels, which Pillow counts side by side: a quarter of the time of bincount.
+        fours = flat.size // 4
+        image = Image.frombuffer("CMYK", (fours, 1), flat[: 4 * fours], "raw", "CMYK", 0, 1)
+        counts = np.reshape(image.histogram(), (4, 256)).sum(axis=0)
+        counts += np.bincount(flat[4 * fours :], minlength=256)
+        counts[self.pad.ignore_label] = 0
+        return counts
 
-def _source(first: int, last: int, old: int, new: int) -> tuple[slice, float, float]:
-    """What of `old` pixels is averaged into pixels first..last - 1 of `new` ones, on one axis.
+
+def _part(first: int, last: int, old: int, new: int) -> tuple[slice, slice, int]:
+    """A part of an axis that gives pixels first..last - 1 when it is resized by itself.
+
+    It begins where a resized pixel begins with one of the old ones, to within 1/256 of the larger
+    of both: that changes no value by a grey level.
+
+    Args:
+        first, last: pixels of the resized axis.
+        old, new: pixels of the axis before and after.
 
     Returns:
-        The pixels, and where in them the edges of the first and of the last resized pixel lie.
+        The part, where in the resized part the pixels are, and its size.
     """
     ratio = old / new
-    begin, end = first * ratio, last * ratio
-    # Bilinear interpolation reaches over so many pixels beyond the centre of a resized one.
+    # Bilinear interpolation reaches over so many old pixels beyond the centre of a resized one.
     reach = max(1.0, ratio)
-    low = max(0, math.floor(begin - reach))
-    high = min(old, math.ceil(end + reach))
-    return slice(low, high), begin - low, min(end - low, high - low)
+    begins = np.arange(max(0, first - math.ceil(reach / ratio)), -1, -1)
+    off = abs(begins * ratio - (begins * ratio).round())
+    begin = int(begins[np.argmax(off <= reach / 256)])
+    part = slice(round(begin * ratio), min(old, math.ceil(last * ratio + reach)))
+    size = last - begin
+    # PyTorch does not filter where the size stays, so that one pixel more is asked for. At the end
+    # of the axis there is none, nor need for it: nothing is then off by 1/256.
+    if size == part.stop - part.start and last < new:
+        size += 1
+    return part, slice(first - begin, last - begin), size
 
 
 def _nearest(old: int, new: int) -> np.ndarray:

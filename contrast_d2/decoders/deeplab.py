@@ -49,6 +49,7 @@ class DeepLabV3Decoder(Decoder):
         dropout: rate of channel dropout before the last convolution and in the auxiliary head.
         aux_feature: map of an auxiliary head, `res4` in many trainings; None for no such head.
         aux_channels: width of the auxiliary head.
+        align_corners: how scores are resized to the image, see `resize`.
         ignore_value: as for `Decoder`.
 
     Raises:
@@ -71,10 +72,12 @@ class DeepLabV3Decoder(Decoder):
         dropout: float = 0.1,
         aux_feature: str | None = None,
         aux_channels: int = 256,
+        align_corners: bool = False,
         ignore_value: int = 255,
     ) -> None:
         super().__init__(shape_of(input_shape, "in_feature", in_feature).stride, ignore_value)
         self.in_feature = in_feature
+        self.align_corners = align_corners
         self.aspp = _aspp(input_shape, in_feature, dilations, channels, norm)
         self.dropout = channel_dropout(dropout)
         self.predictor = classifier(channels, num_classes)
@@ -90,7 +93,7 @@ class DeepLabV3Decoder(Decoder):
         pre_logits = self.aspp(features[self.in_feature])
         logits = self.predictor(self.dropout(pre_logits))
         aux_logits = None if self.aux_head is None else self.aux_head(features)
-        return SegOutput(logits, aux_logits, features={"pre_logits": pre_logits})
+        return SegOutput(logits, aux_logits, {"pre_logits": pre_logits}, self.align_corners)
 
 
 @SEM_SEG_HEADS_REGISTRY.register()

@@ -30,6 +30,7 @@ class FCNDecoder(Decoder):
             pixel contrast with 3 and a dropout of 0.1.
         norm: norm of the first convolution.
         dropout: rate of channel dropout before the last convolution.
+        align_corners: how maps are joined and scores resized to the image, see `resize`.
         ignore_value: as for `Decoder`.
 
     Raises:
@@ -49,11 +50,13 @@ class FCNDecoder(Decoder):
         kernel_size: int = 1,
         norm: str = "BN",
         dropout: float = 0.0,
+        align_corners: bool = False,
         ignore_value: int = 255,
     ) -> None:
         shapes = finest_first(input_shape)
         super().__init__(min(s.stride for s in shapes.values()), ignore_value)
         self.in_features = list(shapes)
+        self.align_corners = align_corners
         joined = sum(shape.channels for shape in shapes.values())
         hidden = joined if hidden_channels is None else hidden_channels
         self.fuse = conv_norm_relu(joined, hidden, kernel_size, norm=norm)
@@ -63,8 +66,8 @@ class FCNDecoder(Decoder):
     def decode(self, features: Mapping[str, Tensor]) -> SegOutput:
         """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w); the joined map as feature
         `concat`, and what is classified, before dropout, as `pre_logits`."""
-        joined = join([features[name] for name in self.in_features])
+        joined = join([features[name] for name in self.in_features], self.align_corners)
         pre_logits = self.fuse(joined)
         logits = self.predictor(self.dropout(pre_logits))
         features = {"concat": joined, "pre_logits": pre_logits}
-        return SegOutput(logits, aux_logits=None, features=features)
+        return SegOutput(logits, None, features, self.align_corners)

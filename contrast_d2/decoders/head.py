@@ -76,15 +76,17 @@ class Decoder(nn.Module):
         if not self.training:
             height, width = output.logits.shape[-2:]
             size = height * self.common_stride, width * self.common_stride
-            return resize(output.logits, size), {}
-        losses = {"loss_sem_seg": self._loss(output.logits, targets)}
+            return resize(output.logits, size, output.align_corners), {}
+        losses = {"loss_sem_seg": self._loss(output.logits, targets, output.align_corners)}
         if output.aux_logits is not None:
-            losses["loss_aux"] = _AUX_WEIGHT * self._loss(output.aux_logits, targets)
+            losses["loss_aux"] = _AUX_WEIGHT * self._loss(
+                output.aux_logits, targets, output.align_corners
+            )
         return None, losses
 
-    def _loss(self, logits: Tensor, targets: Tensor | None) -> Tensor:
+    def _loss(self, logits: Tensor, targets: Tensor | None, align_corners: bool) -> Tensor:
         assert targets is not None
-        logits = resize(logits.float(), targets.shape[-2:])
+        logits = resize(logits.float(), targets.shape[-2:], align_corners)
         return F.cross_entropy(logits, targets, ignore_index=self.ignore_value)
 
 

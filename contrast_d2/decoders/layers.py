@@ -141,19 +141,19 @@ def classifier(in_channels: int, num_classes: int) -> nn.Conv2d:
     return conv
 
 
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
     """Resizes a map (B, C, h, w) bilinearly, in its own dtype.
 
-    With `align_corners=False`, here and in all decoders, so that a pixel covers the same area of
-    the image on all maps. Releases of convolutional networks often align corners instead.
+    Without `align_corners` a pixel covers the same area of the image on all maps. Official code of
+    convolutional networks often aligns the corners instead.
     """
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
-def join(maps: Sequence[Tensor]) -> Tensor:
+def join(maps: Sequence[Tensor], align_corners: bool = False) -> Tensor:
     """Concatenates maps (B, C_i, h_i, w_i) at the size of the first, (B, sum of C_i, h, w)."""
     first, *others = maps
-    return torch.cat([first, *(resize(x, first.shape[-2:]) for x in others)], dim=1)
+    return torch.cat([first, *(resize(x, first.shape[-2:], align_corners) for x in others)], dim=1)
 
 
 def finest_first(input_shape: Mapping[str, ShapeSpec]) -> dict[str, ShapeSpec]:

@@ -52,6 +52,7 @@ class OCRDecoder(Decoder):
         region_kernel_size: of its first convolution. Wang et al., ICCV 2021, have 3.
         norm: norm of all convolutions, "" for none.
         dropout: rate of channel dropout before the last convolution.
+        align_corners: how maps are joined and scores resized to the image, see `resize`.
         ignore_value: as for `Decoder`.
 
     Raises:
@@ -75,12 +76,14 @@ class OCRDecoder(Decoder):
         region_kernel_size: int = 1,
         norm: str = "BN",
         dropout: float = 0.05,
+        align_corners: bool = False,
         ignore_value: int = 255,
     ) -> None:
         names = list(input_shape) if in_features is None else in_features
         shapes = finest_first({n: shape_of(input_shape, "in_features", n) for n in names})
         super().__init__(min(s.stride for s in shapes.values()), ignore_value)
         self.in_features = list(shapes)
+        self.align_corners = align_corners
         joined = sum(shape.channels for shape in shapes.values())
         self.pixels = conv_norm_relu(joined, channels, 3, norm=norm)
 
@@ -104,17 +107,19 @@ class OCRDecoder(Decoder):
         """Args: maps (B, C, h, w) by name. Returns logits (B, K, h, w) at the size of the finest
         map, and always those of the regions, as the auxiliary ones; as feature `concat` the joined
         maps, and as `pre_logits` what is classified, before dropout."""
-        joined = join([features[name] for name in self.in_features])
+        joined = join([features[name] for name in self.in_features], self.align_corners)
         source = joined if self.region_feature is None else features[self.region_feature]
         region_logits = self.region_head(source)
 
         pixels = self.pixels(joined)
-        regions = object_regions(pixels, resize(region_logits, pixels.shape[-2:]))
+        regions = object_regions(
+            pixels, resize(region_logits, pixels.shape[-2:], self.align_corners)
+        )
         context = self.attention(pixels, regions)
         pre_logits = self.fuse(torch.cat([context, pixels], dim=1))
         logits = self.predictor(self.dropout(pre_logits))
         features = {"concat": joined, "pre_logits": pre_logits}
-        return SegOutput(logits, aux_logits=region_logits, features=features)
+        return SegOutput(logits, region_logits, features, self.align_corners)
 
 
 def object_regions(pixels: Tensor, region_logits: Tensor) -> Tensor:

@@ -59,8 +59,8 @@ class InferenceModel(nn.Module):
         right = _round_up(width, self.size_divisibility) - width
         images = (images - self.pixel_mean) / self.pixel_std
         images = F.pad(images, (0, right, 0, bottom))
-        logits = decode(self.sem_seg_head, self.backbone(images)).logits
-        logits = upsample(logits, images.shape[-2:])
+        output = decode(self.sem_seg_head, self.backbone(images))
+        logits = upsample(output.logits, images.shape[-2:], output.align_corners)
         # Cropped by a negative padding: slices of a size that is left open bring conditions on it,
         # which an exported graph holds against every other size.
         return F.pad(logits, (0, -right, 0, -bottom))

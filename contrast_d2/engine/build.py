@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from detectron2.config import instantiate
-from detectron2.evaluation import inference_on_dataset, print_csv_format
+from detectron2.evaluation import DatasetEvaluator, print_csv_format
 from detectron2.utils import comm
+from detectron2.utils.logger import log_every_n_seconds
 from omegaconf import DictConfig, OmegaConf
 from timm.layers import convert_sync_batchnorm  # pyright: ignore[reportPrivateImportUsage]
 from torch import nn
 
 from ..backbones import without_starting_weights
 from ..evaluation import InferenceProtocol
+from ..segmentor import ContrastiveSegmentor
 from .checkpoint import Checkpointer
+from .trainer import Batch, autocast
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +38,8 @@ def build_model(cfg: DictConfig, *, starting_weights: bool = True) -> nn.Module:
     config = cfg.model if starting_weights else without_starting_weights(cfg.model)
     device = checked_device(cfg.train.device)
     model = instantiate(config).to(device)
+    if not isinstance(model, ContrastiveSegmentor):
+        model.register_forward_pre_hook(_with_long_labels)
     if cfg.train.sync_bn and comm.get_world_size() > 1:
         if device.type == "cpu":
             logger.warning("train.sync_bn needs GPUs: each process has its own batch statistics.")
@@ -45,6 +51,14 @@ def build_model(cfg: DictConfig, *, starting_weights: bool = True) -> nn.Module:
         # no image or feature map has to be converted.
         model = model.to(memory_format=torch.channels_last)
     return model
+
+
+def _with_long_labels(_model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The batch with int64 labels, which the losses of detectron2's own models need."""
+    return (
+        [x | {"sem_seg": x["sem_seg"].long()} if "sem_seg" in x else x for x in inputs[0]],
+        *inputs[1:],
+    )
 
 
 def load_trained(
@@ -112,15 +126,18 @@ def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]]:
     """Prepares the evaluation on the config's test set, all processes together.
 
     The test protocol is `cfg.dataloader.inference`; a config without one runs the model as it is.
+    The network computes in the precision of the training, `cfg.train.amp`.
 
     Returns:
         model -> {"sem_seg": {"mIoU": percent, ...}} on the main process, {} on others.
 
     Raises:
-        ValueError: the dataset is missing, or a setting of the protocol is out of range.
+        ValueError: the dataset is missing, or a setting of protocol or precision is out of range.
     """
     protocol = instantiate(cfg.dataloader.get("inference")) or InferenceProtocol()
     evaluator, loader = instantiate(cfg.dataloader.evaluator), instantiate(cfg.dataloader.test)
+    device, amp = checked_device(cfg.train.device), cfg.train.amp
+    precision = autocast(device, amp.dtype if amp.enabled else None)
     logger.info("Evaluation with %s", protocol)
 
     def evaluate(model: nn.Module) -> dict[str, Any]:
@@ -129,10 +146,33 @@ def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]]:
             # Batch norm statistics may differ between processes: a checkpoint holds the first's.
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
-        results = inference_on_dataset(protocol(model.eval()), loader, evaluator)
+        results = _evaluate(protocol(model.eval()), loader, evaluator, precision)
         model.train(training)
         if comm.is_main_process():
             print_csv_format(results)
         return results or {}
 
     return evaluate
+
+
+@torch.no_grad()
+def _evaluate(
+    model: nn.Module,
+    loader: Iterable[Batch],
+    evaluator: DatasetEvaluator,
+    precision: torch.autocast,
+) -> dict[str, Any] | None:
+    """detectron2's `inference_on_dataset`, which waits for the GPU at every image to time it."""
+    evaluator.reset()
+    start, images = time.perf_counter(), 0
+    for inputs in loader:
+        with precision:
+            outputs = model(inputs)
+        evaluator.process(inputs, outputs)
+        images += len(inputs)
+        log_every_n_seconds(
+            logging.INFO, f"Evaluation: {images} images so far", n=30, name=__name__
+        )
+    results = evaluator.evaluate()
+    logger.info("Evaluated %d images in %.0f s", images, time.perf_counter() - start)
+    return results

@@ -6,16 +6,18 @@ import glob
 import logging
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
 
 from ..files import write_durably
 from ..segmentor import is_training_only
 from ..weights import averaged_weights, read_weights
+from .device import first_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -259,12 +261,17 @@ class Checkpointer(DetectionCheckpointer):
             name: without folder and ending.
             is_last: let `--resume` start from this file.
             extra: further entries of the file.
+
+        Raises:
+            FloatingPointError: a weight or an average of weights is not finite; nothing is written.
         """
         if not self.save_dir or not self.save_to_disk:
             return
         data = {"model": self.model.state_dict(), **extra}
         for key, checkpointable in self.checkpointables.items():
             data[key] = checkpointable.state_dict()
+        check_finite(data["model"], name)
+        check_finite(averaged_weights(data), name)
         path = os.path.join(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", path)
         write_durably(path, lambda file: torch.save(data, file))
@@ -275,6 +282,24 @@ class Checkpointer(DetectionCheckpointer):
         """Makes a file of `save_dir` the one that `--resume` starts from."""
         path = os.path.join(self.save_dir, "last_checkpoint")
         write_durably(path, lambda file: file.write(last_filename_basename.encode()))
+
+
+def check_finite(weights: Mapping[str, Tensor], name: str) -> None:
+    """Refuses weights that are not finite, before they become a file.
+
+    Args:
+        weights: by name, on any device.
+        name: of the checkpoint, for the message.
+
+    Raises:
+        FloatingPointError: one of them holds inf or nan.
+    """
+    bad = first_not_finite(weights)
+    if bad is not None:
+        raise FloatingPointError(
+            f"{bad} is not finite, so {name}.pth is not written: resume from an earlier "
+            "checkpoint, with a lower optimizer.lr or with train.clip_norm."
+        )
 
 
 def _read_name(path: str) -> str:

@@ -12,7 +12,6 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from ..data.datasets import check_registered
-from .trainer import NonFiniteLossError
 from .writers import check_writers
 
 logger = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ValueError, NonFiniteLossError) as error:
+    except (ValueError, FloatingPointError) as error:
         logger.debug("stopped by:", exc_info=True)
         text = str(error).strip()
         if "Original Traceback" in text:  # in which a data worker wraps its own

@@ -15,11 +15,12 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from detectron2.utils.events import EventWriter
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.optim import SGD
 
 from ..files import stop_when_disk_is_full, write_durably
 from ..segmentor import inference_state_dict
 from .checkpoint import Checkpointer, training_checkpoints
+from .device import update
 
 # Over so many values detectron2's writers take a scalar's median.
 _WINDOW = 20
@@ -105,8 +106,9 @@ class WeightAverage(HookBase):
     """An exponential moving average of the weights, to be evaluated in their place.
 
     After the first step it is a copy of the weights; after each further step
-    average <- decay * average + (1 - decay) * weights. Counters, such as those of batch norm, are
-    copied. It holds what a model has at test time: no memory bank, no projector.
+    average <- decay * average + (1 - decay) * weights. A step that the trainer skips leaves it as
+    it is. Counters, such as those of batch norm, are copied. It holds what a model has at test
+    time: no memory bank, no projector.
 
     Args:
         model: whose weights are averaged.
@@ -122,18 +124,42 @@ class WeightAverage(HookBase):
                 f"train.ema_decay={decay}: must lie between 0 and 1, or be None for no average."
             )
         self._model = model
-        self._update = get_ema_multi_avg_fn(decay)
+        self._decay = decay
         self.average: dict[str, Tensor] = {}
+        self._sgd: SGD | None = None
+        self._counters: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def after_step(self) -> None:
-        weights = inference_state_dict(self._model)
         if not self.average:
+            weights = inference_state_dict(self._model)
             self.average = {name: x.clone() for name, x in weights.items()}
             return
-        averaged = [name for name, x in weights.items() if x.is_floating_point()]
-        self._update([self.average[n] for n in averaged], [weights[n] for n in averaged], None)
-        for name in weights.keys() - set(averaged):
-            self.average[name].copy_(weights[name])
+        if self._sgd is None:
+            self._sgd = self._as_optimizer()
+        update(self._sgd, self.trainer.skipped)  # pyright: ignore[reportAttributeAccessIssue]
+        if self._counters[0]:
+            torch._foreach_copy_(*self._counters)  # pyright: ignore[reportPrivateImportUsage]
+
+    def _as_optimizer(self) -> SGD:
+        """The update as a step of SGD, whose kernel takes all tensors at once and can skip.
+
+        With a weight decay of 1 and the weights as the gradient to ascend, it is
+        average - (1 - decay) * (average - weights).
+        """
+        weights = inference_state_dict(self._model)  # shares their memory
+        pairs = [(self.average[name], x) for name, x in weights.items()]
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        for average, x in floats:
+            average.grad = x
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        self._counters = [average for average, _ in counters], [x for _, x in counters]
+        return SGD(
+            [average for average, _ in floats],
+            lr=1 - self._decay,
+            weight_decay=1.0,
+            maximize=True,
+            fused=True,
+        )
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -150,8 +176,10 @@ class WeightAverage(HookBase):
         return {"average": self.average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        device = next(self._model.parameters()).device
-        self.average = {name: x.to(device) for name, x in state_dict["average"].items()}
+        weights, average = inference_state_dict(self._model), state_dict["average"]
+        # In the layout of the weights, which may be another one than that of the checkpoint.
+        self.average = {n: torch.empty_like(x).copy_(average[n]) for n, x in weights.items()}
+        self._sgd = None
 
 
 @torch.no_grad()
@@ -199,10 +227,13 @@ class MetricsWriter(hooks.PeriodicWriter):
         storage.iter = self.trainer.iter
 
     def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        writes = done % self._period == 0 or done == self.trainer.max_iter
+        if writes:
+            self.trainer.catch_up()  # pyright: ignore[reportAttributeAccessIssue]
         with stop_when_disk_is_full(self._output_dir):
             super().after_step()
-        done = self.trainer.iter + 1
-        if done % self._period == 0 or done == self.trainer.max_iter:
+        if writes:
             self._written = self.trainer.iter
 
     def after_train(self) -> None:

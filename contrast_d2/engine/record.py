@@ -28,7 +28,7 @@ from torch import nn
 from .. import __version__
 from ..files import stop_when_disk_is_full, write_durably
 from ..segmentor import inference_state_dict
-from .checkpoint import training_checkpoints
+from .checkpoint import check_finite, training_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +94,7 @@ def save_inference_weights(model: nn.Module, output_dir: str) -> None:
     """Writes `model_inference.pth`: the weights without those of the contrast method."""
     path = os.path.join(output_dir, "model_inference.pth")
     state = {"model": inference_state_dict(model)}
+    check_finite(state["model"], "model_inference")
     write_durably(path, lambda file: torch.save(state, file))
     logger.info("Weights without the contrast method: %s", path)
 

@@ -1,4 +1,7 @@
-"""The training loop: mixed precision, accumulation, clipping, a stop on non-finite losses."""
+"""The training loop: mixed precision, accumulation, clipping, a stop on what is not finite.
+
+A step waits for nothing on the device: the host reads its numbers while the next one is queued.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import logging
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +22,8 @@ from fvcore.common.history_buffer import HistoryBuffer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .device import LateNumbers, total_norm, update
+
 Batch = list[dict[str, Any]]
 
 # Values of a metric; the log's estimate of the remaining time looks back so far.
@@ -25,9 +31,49 @@ _REMEMBERED = 1000
 
 _AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
+# So many steps in a row may be skipped in fp16. Each halves the loss scale, which begins at 2^16.
+MOST_SKIPPED = 32
+
+logger = logging.getLogger(__name__)
+
 
 class NonFiniteLossError(FloatingPointError):
     """A loss or a gradient became inf or nan; the weights are those of before the step."""
+
+
+def autocast(device: torch.device, amp_dtype: str | None) -> torch.autocast:
+    """The context in which a model computes in "bf16" or "fp16"; None leaves it as it is.
+
+    Raises:
+        ValueError: another type.
+    """
+    if amp_dtype is not None and amp_dtype not in _AUTOCAST_DTYPES:
+        raise ValueError(
+            f"train.amp.dtype={amp_dtype!r}: choose one of {sorted(_AUTOCAST_DTYPES)}."
+        )
+    dtype = None if amp_dtype is None else _AUTOCAST_DTYPES[amp_dtype]
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step whose numbers are on their way to the host.
+
+    Attributes:
+        iteration: of the step.
+        images: names of the images, by batch.
+        rates: learning rates.
+        losses, statistics: their names.
+        numbers: losses by batch, their means over batches and processes, statistics by batch, the
+            norm of the gradient, and the loss scale.
+    """
+
+    iteration: int
+    images: list[list[str]]
+    rates: list[float]
+    losses: list[str]
+    statistics: list[str]
+    numbers: LateNumbers
 
 
 class Trainer(TrainerBase):
@@ -49,6 +95,7 @@ class Trainer(TrainerBase):
 
     Attributes:
         last_batch: what the model was run on last, for hooks.
+        skipped: 0-dim fp32 on the device, 1 where the last step left the weights as they were.
 
     Raises:
         ValueError: a setting out of range.
@@ -68,10 +115,6 @@ class Trainer(TrainerBase):
         super().__init__()
         if seed < 0:
             raise ValueError(f"train.seed={seed}: needs 0 or more, so that a run can be repeated.")
-        if amp_dtype is not None and amp_dtype not in _AUTOCAST_DTYPES:
-            raise ValueError(
-                f"train.amp.dtype={amp_dtype!r}: choose one of {sorted(_AUTOCAST_DTYPES)}."
-            )
         if accumulation_steps < 1:
             raise ValueError(f"train.accumulation_steps={accumulation_steps}: needs at least 1.")
         if clip_norm is not None and not clip_norm > 0:
@@ -87,7 +130,13 @@ class Trainer(TrainerBase):
         self.accumulation_steps = accumulation_steps
         self.last_batch: Batch = []
         self._device = next(model.parameters()).device
-        self._dtype = None if amp_dtype is None else _AUTOCAST_DTYPES[amp_dtype]
+        self._amp_dtype = amp_dtype
+        self._autocast = autocast(self._device, amp_dtype)
+        # 1 from a step on that is not finite: what is queued after it must not touch the weights.
+        self._stopped = torch.zeros((), device=self._device)
+        self.skipped = torch.zeros((), device=self._device)
+        self._unread: _Step | None = None
+        self._skipped_in_a_row = 0
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=amp_dtype == "fp16")
 
     def train(self, start_iter: int, max_iter: int) -> None:
@@ -137,14 +186,27 @@ class Trainer(TrainerBase):
             losses.append({name: loss.detach() for name, loss in batch_losses.items()})
             statistics.append(dict(self._statistics()))
         self.last_batch = batch
-        norm = self._clip()
-        metrics = self._check_finite(batches, losses, statistics, norm)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        self.storage.put_scalars(data_time=data_seconds, **metrics)
+        self.storage.put_scalars(data_time=data_seconds)
+        before, self._unread = self._unread, self._update(batches, losses, statistics)
+        if before is not None:
+            self._take(before)
+        if self.iter + 1 == self.max_iter:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Waits for the last step, and puts its numbers into the storage.
+
+        Before anything is done with these numbers, or with the weights.
+
+        Raises:
+            NonFiniteLossError: a loss or the gradient of the step was not finite.
+        """
+        if self._unread is not None:
+            step, self._unread = self._unread, None
+            self._take(step)
 
     def _forward(self, batch: Batch) -> dict[str, Tensor]:
-        with torch.autocast(self._device.type, dtype=self._dtype, enabled=self._dtype is not None):
+        with self._autocast:
             return self.model(batch)
 
     def _statistics(self) -> dict[str, Tensor]:
@@ -158,90 +220,130 @@ class Trainer(TrainerBase):
             return self.model.no_sync()
         return nullcontext()
 
-    def _clip(self) -> Tensor | None:
-        """Clips the gradient; its norm before that, or None without clipping."""
-        if self.clip_norm is None:
-            return None
-        self._scaler.unscale_(self.optimizer)
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-
-    def _check_finite(
+    def _update(
         self,
         batches: list[Batch],
         losses: list[dict[str, Tensor]],
         statistics: list[dict[str, Tensor]],
-        norm: Tensor | None,
-    ) -> dict[str, float]:
-        """Brings the losses to the host, in one transfer, before the optimizer may use them.
-
-        Returns:
-            The losses averaged over batches and processes, their sum, the gradient's norm, and this
-            process's statistics averaged over those batches in which they are defined (not nan).
-
-        Raises:
-            NonFiniteLossError: a loss, or with clipping the gradient, is inf or nan.
-        """
-        names = list(losses[0])
-        local = _table(losses)
-        mean = local.mean(dim=0)
+    ) -> _Step:
+        """Updates the weights, unless a loss or the gradient is not finite."""
+        by_batch = torch.stack([torch.stack([x.float() for x in row.values()]) for row in losses])
+        means = by_batch.mean(dim=0)
         if comm.get_world_size() > 1:
-            dist.all_reduce(mean)
-            mean /= comm.get_world_size()
-        parts = [local.flatten(), mean, _table(statistics).to(mean.device).flatten()]
-        parts += [] if norm is None else [norm.float().view(1)]
-        values = np.array(torch.cat(parts).tolist())
-        edges = np.cumsum([part.numel() for part in parts])
-        by_batch, mean_host, by_statistic, _ = np.split(values, edges[:3])
-        by_batch = by_batch.reshape(local.shape)
-        if not np.isfinite(mean_host).all():
-            raise NonFiniteLossError(self._report(batches, names, by_batch))
-        metrics = dict(zip(names, mean_host.tolist(), strict=True))
-        metrics["total_loss"] = float(mean_host.sum())
-        for name, column in zip(
-            statistics[0], by_statistic.reshape(len(batches), -1).T, strict=True
-        ):
+            dist.all_reduce(means)
+            means /= comm.get_world_size()
+        self._scaler.unscale_(self.optimizer)
+        norm = self._clip()
+        bad_loss, bad_gradient = ~means.isfinite().all(), ~norm.isfinite()
+        # With a loss scaler a gradient that overflows is no failure.
+        failed = bad_loss if self._scaler.is_enabled() else bad_loss | bad_gradient
+        self._stopped = torch.maximum(self._stopped, failed.float())
+        self.skipped = torch.maximum(self._stopped, bad_gradient.float())
+        scale = self._scaler.scale(torch.ones((), device=self._device))
+        update(self.optimizer, self.skipped)
+        self._scaler.update()
+        rows = [x for row in statistics for x in row.values()]
+        return _Step(
+            iteration=self.iter,
+            images=[[str(x.get("file_name", "?")) for x in batch] for batch in batches],
+            rates=sorted({group["lr"] for group in self.optimizer.param_groups}),
+            losses=list(losses[0]),
+            statistics=list(statistics[0]),
+            numbers=LateNumbers([*by_batch.flatten(), *means, *rows, norm, scale]),  # pyright: ignore[reportArgumentType]
+        )
+
+    def _clip(self) -> Tensor:
+        """Clips the gradient, where that is wanted; its norm before that."""
+        if self.clip_norm is not None:
+            return nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        return total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+
+    def _take(self, step: _Step) -> None:
+        """Reads a step's numbers, and stores them under its iteration: the losses averaged over
+        batches and processes, their sum, the gradient's norm, and this process's statistics
+        averaged over those batches in which they are defined (not nan)."""
+        values = np.array(step.numbers.read())
+        batches = len(step.images)
+        sizes = [batches * len(step.losses), len(step.losses), batches * len(step.statistics)]
+        by_batch, means, statistics, (norm, scale) = np.split(values, np.cumsum(sizes))
+        if not np.isfinite(means).all():
+            raise NonFiniteLossError(self._report(step, by_batch.reshape(batches, -1)))
+        metrics = dict(zip(step.losses, means.tolist(), strict=True))
+        metrics["total_loss"] = float(means.sum())
+        columns = statistics.reshape(batches, -1).T
+        for name, column in zip(step.statistics, columns, strict=True):
             if not np.isnan(column).all():
                 metrics[name] = float(np.nanmean(column))
-        if norm is not None:
-            metrics["grad_norm"] = float(values[-1])
-            # With a loss scaler such a step is skipped and the scale reduced; that is no failure.
-            if not np.isfinite(values[-1]) and not self._scaler.is_enabled():
-                raise NonFiniteLossError(
-                    f"iteration {self.iter}: the losses are finite but the gradient's norm is "
-                    f"{values[-1]}. Images: {_image_names(batches)}."
-                )
-        return metrics
+        if np.isfinite(norm):
+            metrics["grad_norm"] = float(norm)
+        now, self.storage.iter = self.storage.iter, step.iteration
+        self.storage.put_scalars(**metrics)
+        if self._scaler.is_enabled():
+            self.storage.put_scalar("loss_scale", scale, smoothing_hint=False)
+        self.storage.iter = now
+        self._check_gradient(step, float(norm), float(scale))
 
-    def _report(self, batches: list[Batch], names: list[str], by_batch: np.ndarray) -> str:
+    def _check_gradient(self, step: _Step, norm: float, scale: float) -> None:
+        """Raises NonFiniteLossError where the gradient is not finite, in fp16 not before the scale
+        of the loss has been lowered many times without effect."""
+        images = ", ".join(name for names in step.images for name in names)
+        if np.isfinite(norm):
+            self._skipped_in_a_row = 0
+        elif not self._scaler.is_enabled():
+            raise NonFiniteLossError(
+                f"iteration {step.iteration}: the losses are finite but the gradient's norm is "
+                f"{norm}, and training stops before the weights are touched. Images: {images}."
+            )
+        else:
+            self._skipped_in_a_row += 1
+            logger.info(
+                "iteration %d: the gradient overflows fp16 at a loss scale of %g; the step is "
+                "skipped and the scale lowered",
+                step.iteration,
+                scale,
+            )
+            if self._skipped_in_a_row == MOST_SKIPPED:
+                raise NonFiniteLossError(
+                    f"iteration {step.iteration}: the gradient is not finite in {MOST_SKIPPED} "
+                    f"steps in a row, at last with a loss scale of {scale:g}, and none of them has "
+                    f"touched the weights. Take train.amp.dtype=bf16. Images: {images}."
+                )
+
+    def _report(self, step: _Step, by_batch: np.ndarray) -> str:
         """Says which loss terms went wrong, and on which images."""
         bad = ~np.isfinite(by_batch)
         if not bad.any():
             return (
-                f"iteration {self.iter}: a loss is not finite on another process; see its report."
+                f"iteration {step.iteration}: a loss is not finite on another process; see its "
+                "report."
             )
-        rates = sorted({group["lr"] for group in self.optimizer.param_groups})
         rows = [
-            f"  {name} = {by_batch[step, i]}"
-            + (f" (batch {step} of {len(batches)})" if len(batches) > 1 else "")
-            for step in range(len(batches))
-            for i, name in enumerate(names)
-            if bad[step, i]
+            f"  {name} = {by_batch[number, i]}"
+            + (f" (batch {number} of {len(bad)})" if len(bad) > 1 else "")
+            for number in range(len(bad))
+            for i, name in enumerate(step.losses)
+            if bad[number, i]
         ]
-        images = _image_names([batch for step, batch in enumerate(batches) if bad[step].any()])
+        images = [name for i, names in enumerate(step.images) if bad[i].any() for name in names]
         return "\n".join(
             [
-                f"iteration {self.iter}: the loss is not finite, and training stops before the "
-                "weights are touched.",
+                f"iteration {step.iteration}: the loss is not finite, and training stops before "
+                "the weights are touched.",
                 *rows,
-                f"  images: {images}",
-                f"  learning rate {rates}, {self._dtype or torch.float32}",
+                f"  images: {', '.join(images)}",
+                f"  learning rate {step.rates}, {self._amp_dtype or 'fp32'}",
                 "Look at these images and their labels; if they are sound, lower optimizer.lr, set "
                 "train.clip_norm, or switch train.amp.enabled off.",
             ]
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """State beyond the weights: iteration, hooks, optimizer, loss scaler, seed."""
+        """State beyond the weights: iteration, hooks, optimizer, loss scaler, seed.
+
+        Raises:
+            NonFiniteLossError: the last step was not finite.
+        """
+        self.catch_up()
         return {
             **super().state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -267,27 +369,20 @@ class Trainer(TrainerBase):
             )
         super().load_state_dict(state_dict)
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        # Fused kernels take tensors of one layout, and that of the checkpoint may be another one.
+        for p, state in self.optimizer.state.items():
+            for name, x in state.items():
+                if isinstance(x, Tensor) and x.dim() and x.shape == p.shape:
+                    state[name] = torch.empty_like(p, dtype=x.dtype).copy_(x)
         self._scaler.load_state_dict(state_dict["scaler"])
 
 
 def _tells_a_defect(record: logging.LogRecord) -> bool:
     """Whether to log it: not the traceback of what the user is told in one line afterwards."""
     error = record.exc_info[1] if record.exc_info else None
-    return not isinstance(error, (ValueError, NonFiniteLossError))
-
-
-def _table(rows: list[dict[str, Tensor]]) -> Tensor:
-    """0-dim tensors by name, of several batches: (batches, names) fp32."""
-    if not rows[0]:
-        return torch.zeros(len(rows), 0)
-    return torch.stack([torch.stack([row[n].float() for n in rows[0]]) for row in rows])
+    return not isinstance(error, (ValueError, FloatingPointError))
 
 
 def _step_seed(seed: int, iteration: int, rank: int) -> int:
     """A seed of its own for every step of every process."""
     return int(np.random.SeedSequence([seed, iteration, rank]).generate_state(1, np.uint64)[0])
-
-
-def _image_names(batches: list[Batch]) -> str:
-    names = [str(image.get("file_name", "?")) for batch in batches for image in batch]
-    return ", ".join(names)

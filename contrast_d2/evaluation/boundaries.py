@@ -18,7 +18,7 @@ from torch import Tensor
 from .measure import Measure
 from .metrics import (
     AbsentClasses,
-    confusion_matrix,
+    count_pairs,
     mean_over_classes,
     ratio_of_present,
     segmentation_scores,
@@ -184,7 +184,7 @@ class TrimapIoU(Measure):
             near = near_other_label(labels_HW, width)
             in_band_HW = torch.where(near, labels_HW, self.ignore_label).to(labels_HW.dtype)
             bands.append(
-                confusion_matrix(predictions_HW, in_band_HW, self.num_classes, self.ignore_label)
+                count_pairs(predictions_HW, in_band_HW, self.num_classes, self.ignore_label)
             )
         return torch.stack(bands)
 

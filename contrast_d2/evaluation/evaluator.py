@@ -25,11 +25,13 @@ from contrast_d2.data.datasets import check_registered, read_records
 from contrast_d2.data.labels import LabelMap, load_labels
 
 from .confusion_files import write_confusion_csv, write_confusion_picture
+from .inference import to_device
 from .measure import Measure
 from .metrics import (
     AbsentClasses,
     check_absent_classes,
-    confusion_matrix,
+    check_finite_scores,
+    count_pairs,
     finite_scores,
     frequency_groups,
     group_miou,
@@ -113,6 +115,7 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
         self._confusion: Tensor | None = None  # (K, K) int64, on the device of the predictions
         self._counts: list[Tensor | None] = [None] * len(self._measures)
         self._num_images = 0
+        self._best_scores: dict[str, Tensor] = {}  # of each image, on its device until the end
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
         """Count the pixels of some images.
@@ -136,17 +139,17 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
                     f"({self._num_classes}, H, W); set the model's num_classes to match"
                 )
             predictions_HW = predicted_classes(scores_KHW)
+            self._best_scores[image["file_name"]] = scores_KHW.amax()
             labels = torch.from_numpy(load_labels(label_file, self._label_map))
-            labels_HW = labels.to(predictions_HW.device)
+            labels_HW = to_device(labels, predictions_HW.device)
             if predictions_HW.shape != labels_HW.shape:
                 raise ValueError(
                     f"{image['file_name']}: the prediction is {tuple(predictions_HW.shape)} "
                     f"(height, width), but its labels {label_file} are {tuple(labels_HW.shape)}; "
                     "the model must resize its output to the height and width of its input"
                 )
-            counts = confusion_matrix(
-                predictions_HW, labels_HW, self._num_classes, self._ignore_label
-            )
+            # Both are legal: by the dataset's map, and as one of K scores.
+            counts = count_pairs(predictions_HW, labels_HW, self._num_classes, self._ignore_label)
             self._confusion = _add(self._confusion, counts)
             for i, measure in enumerate(self._measures):
                 counts = measure.count(predictions_HW, labels_HW, label_file)
@@ -163,7 +166,11 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
             {"sem_seg": {"mIoU", "fwIoU", "IoU-<class>", "mACC", "pACC", "ACC-<class>"}} in
             percent, then "mIoU-<group>" and the scores of the measures; nan for what is absent
             from the ground truth. None in all but the main process.
+
+        Raises:
+            FloatingPointError: the scores of an image were nan or infinite.
         """
+        check_finite_scores(self._best_scores)
         if self._confusion is not None:
             self._conf_matrix[:-1, :-1] = self._confusion.T.cpu().numpy()  # predicted x true
         parts = [(self._num_images, [None if c is None else c.cpu() for c in self._counts])]

@@ -153,7 +153,7 @@ class SlidingWindow(nn.Module):
         return [{"sem_seg": self._scores(x)} for x in batched_inputs]
 
     def _scores(self, x: Image) -> Tensor:
-        image = self._padded(x["image"].to(_device_of(self.model)))
+        image = self._padded(to_device(x["image"], _device_of(self.model)))
         height, width = image.shape[-2:]
         window = min(self.window[0], height), min(self.window[1], width)
         tops = _starts(height, window[0], self.stride[0])
@@ -177,8 +177,8 @@ class SlidingWindow(nn.Module):
                 part += scores_Khw.to(part.device)
         assert total_KHW is not None
         # Windows lie on a grid, so how many cover a pixel is a product of rows and columns.
-        total_KHW /= _cover(tops, window[0], height).to(total_KHW.device)[:, None]
-        total_KHW /= _cover(lefts, window[1], width).to(total_KHW.device)
+        total_KHW /= to_device(_cover(tops, window[0], height), total_KHW.device)[:, None]
+        total_KHW /= to_device(_cover(lefts, window[1], width), total_KHW.device)
         return _at_output_size(total_KHW, x)
 
     def _padded(self, image: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class SlidingWindow(nn.Module):
                 f"pad_value has {len(self.pad_value)} entries for an image with {len(image)} "
                 "channels: give one per channel."
             )
-        colour = torch.tensor(self.pad_value, device=image.device)
+        colour = to_device(torch.tensor(self.pad_value), image.device)
         padded = colour[:, None, None].repeat(1, *size)
         padded[:, :height, :width] = image
         return padded
@@ -263,6 +263,8 @@ class MultiScaleFlip(nn.Module):
             RuntimeError: the model is in training mode.
         """
         _check_eval_mode(self.model)
+        device = _device_of(self.model)
+        batched_inputs = [{**x, "image": to_device(x["image"], device)} for x in batched_inputs]
         totals: list[Tensor | None] = [None] * len(batched_inputs)
         for scale, flipped in itertools.product(self.scales, (False, True)[: 1 + self.flip]):
             views = [self._view(x, scale, flipped) for x in batched_inputs]
@@ -278,7 +280,7 @@ class MultiScaleFlip(nn.Module):
         return [{"sem_seg": total.div_(num_views)} for total in totals if total is not None]
 
     def _view(self, x: Image, scale: float, flipped: bool) -> Image:
-        image = x["image"].to(_device_of(self.model))
+        image = x["image"]
         height, width = image.shape[-2:]
         size = resized_size(
             height, width, scale=scale, short_side=self.short_side, long_side=self.long_side
@@ -343,6 +345,13 @@ def _at_output_size(scores_KHW: Tensor, x: Image) -> Tensor:
     if size == (height, width):
         return scores_KHW
     return F.interpolate(scores_KHW[None], size, mode="bilinear", align_corners=False)[0]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device, copied there while the host goes on."""
+    if device.type == "cuda" and tensor.is_cpu:
+        tensor = tensor.pin_memory()  # a GPU reads other memory only while the host waits
+    return tensor.to(device, non_blocking=True)
 
 
 def _device_of(model: nn.Module) -> torch.device:

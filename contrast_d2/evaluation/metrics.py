@@ -67,12 +67,33 @@ def predicted_classes(scores_KHW: Tensor) -> Tensor:
     return (num_classes - rank_N).view(scores_KHW.shape[1:])
 
 
+def check_finite_scores(best: Mapping[str, Tensor]) -> None:
+    """Refuses predictions of a network that computes nan.
+
+    Args:
+        best: the highest class score (0-dim) of each image by the image's file, on any device,
+            which is waited for.
+
+    Raises:
+        FloatingPointError: one of them is nan or infinite.
+    """
+    if not best:
+        return
+    bad = (~torch.stack([score.float() for score in best.values()]).isfinite()).tolist()
+    if any(bad):
+        raise FloatingPointError(
+            f"{list(best)[bad.index(True)]}: its class scores are not finite, as are those of "
+            f"{sum(bad)} of {len(bad)} images. The weights are damaged, or train.amp overflows: "
+            "evaluate another checkpoint, or set train.amp.enabled=False."
+        )
+
+
 def confusion_matrix(
     predictions: Tensor, labels: Tensor, num_classes: int, ignore_label: int
 ) -> Tensor:
     """Count the pixels of every pair of true and predicted class.
 
-    Runs on the device of `predictions`; one number, the count of illegal pixels, is read back.
+    Runs on the device of `predictions`, which is waited for.
 
     Args:
         predictions: integers in 0..K-1, any shape.
@@ -95,25 +116,36 @@ def confusion_matrix(
         counts = _byte_confusion_matrix(predictions, labels, num_classes, ignore_label)
         if counts is not None:
             return counts
-    predictions, labels = predictions.long().flatten(), labels.long().flatten()
-    ignored = labels == ignore_label
+    predictions, labels = predictions.long(), labels.long()
     legal = (labels >= 0) & (labels < num_classes)
     legal &= (predictions >= 0) & (predictions < num_classes)
-    ignored_bin, illegal_bin = num_classes**2, num_classes**2 + 1
-    bins = torch.where(legal, labels * num_classes + predictions, illegal_bin)
-    bins = torch.where(ignored, ignored_bin, bins)
-    # Not bincount: on CUDA it waits for the device twice to size its output.
-    counts = bins.new_zeros(num_classes**2 + 2)
-    counts.scatter_add_(0, bins, torch.ones_like(bins))
-    if counts[illegal_bin].item():
-        illegal = ~(legal | ignored)
+    illegal = ~(legal | (labels == ignore_label))
+    if illegal.any():
         raise ValueError(
             f"{int(illegal.sum())} pixels lie outside the {num_classes} classes: labels "
             f"{_outside(labels[illegal], num_classes)}, predictions "
             f"{_outside(predictions[illegal], num_classes)}; legal are 0..{num_classes - 1} and, "
             f"for labels, the ignore_label {ignore_label}"
         )
-    return counts[:ignored_bin].view(num_classes, num_classes)
+    return count_pairs(predictions, labels, num_classes, ignore_label)
+
+
+def count_pairs(predictions: Tensor, labels: Tensor, num_classes: int, ignore_label: int) -> Tensor:
+    """`confusion_matrix` of legal pixels, which does not check them and waits for no device.
+
+    Args:
+        predictions, labels, num_classes, ignore_label: as of `confusion_matrix`.
+    """
+    if predictions.device.type == "cpu" and predictions.dtype == labels.dtype == torch.uint8:
+        counts = _byte_confusion_matrix(predictions, labels, num_classes, ignore_label)
+        assert counts is not None
+        return counts
+    predictions, labels = predictions.long().flatten(), labels.long().flatten()
+    bins = torch.where(labels == ignore_label, num_classes**2, labels * num_classes + predictions)
+    # Not bincount: on CUDA it waits for the device twice to size its output.
+    counts = bins.new_zeros(num_classes**2 + 1)
+    counts.scatter_add_(0, bins, torch.ones_like(bins))
+    return counts[:-1].view(num_classes, num_classes)
 
 
 def _byte_confusion_matrix(

@@ -18,12 +18,13 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from PIL import Image
+from torch import Tensor
 
 from contrast_d2.data.datasets import check_registered, read_records
 from contrast_d2.data.files import add_sizes
 from contrast_d2.data.reading import READ_ERRORS
 
-from .metrics import predicted_classes
+from .metrics import check_finite_scores, predicted_classes
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class SubmissionWriter(DatasetEvaluator):
     def reset(self) -> None:
         """Forgets which images were written; files are overwritten, none is deleted."""
         self._written: list[str] = []
+        self._best_scores: dict[str, Tensor] = {}
 
     def process(self, inputs: Sequence[dict], outputs: Sequence[dict]) -> None:
         """Write the predictions of some images.
@@ -101,6 +103,7 @@ class SubmissionWriter(DatasetEvaluator):
                     f"{file_name}: the prediction has shape {tuple(scores_KHW.shape)}, but "
                     f"{self._dataset_name} needs ({len(self._ids_K)}, H, W)"
                 )
+            self._best_scores[file_name] = scores_KHW.amax()
             ids_HW = self._ids_K[predicted_classes(scores_KHW).cpu().numpy()]
             with PathManager.open(self._path(file_name), "wb") as file:
                 Image.fromarray(ids_HW).save(file, format="png")
@@ -114,7 +117,9 @@ class SubmissionWriter(DatasetEvaluator):
 
         Raises:
             ValueError: an image has no prediction, or a file is not what it should be.
+            FloatingPointError: the scores of an image were nan or infinite.
         """
+        check_finite_scores(self._best_scores)
         written = [self._written]
         if self._distributed:
             comm.synchronize()

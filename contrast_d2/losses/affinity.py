@@ -119,7 +119,10 @@ class AdaptiveAffinityLoss(nn.Module):
         num_classes: K.
         kernel_sizes: odd numbers of pixels, 3 or more.
         margin: divergence from which a separating pair costs nothing.
-        grouping_weight, separating_weight: factors of the two kinds of pairs, constant in training.
+        grouping_weight, separating_weight: factors of the two kinds of pairs.
+        decay: what the loss is divided by at the end of the training: its factor is decay^(-t / T)
+            at step t. Steps are counted here, and passes are steps. 1 for a constant factor.
+        max_iter: T; needed for a decay.
         stride: pairs are taken on every stride-th pixel of labels and scores. The default is about
             the grid of a decoder at stride 4: between its points, scores are interpolated.
         ignore_label: pixels with this label do not count.
@@ -139,10 +142,18 @@ class AdaptiveAffinityLoss(nn.Module):
         margin: float = 3.0,
         grouping_weight: float = 1.0,
         separating_weight: float = 1.0,
+        decay: float = 1.0,
+        max_iter: int | None = None,
         stride: int = 4,
         ignore_label: int = 255,
     ) -> None:
         super().__init__()
+        if not decay >= 1:
+            raise ValueError(
+                f"decay={decay}: the factor falls from 1 to 1 / decay; give 1 or more."
+            )
+        if decay > 1 and (max_iter is None or max_iter < 1):
+            raise ValueError(f"decay={decay} with max_iter={max_iter}: say how long training is.")
         if not kernel_sizes or any(size < 3 or size % 2 == 0 for size in kernel_sizes):
             raise ValueError(f"kernel_sizes={list(kernel_sizes)}: odd numbers, 3 or more.")
         if not margin > 0:
@@ -158,6 +169,12 @@ class AdaptiveAffinityLoss(nn.Module):
         self.margin = margin
         self.grouping_weight = grouping_weight
         self.separating_weight = separating_weight
+        self.decay = decay
+        self.max_iter = max_iter
+        if decay > 1:
+            # A buffer, so that a resumed run goes on where it was.
+            self.steps: Tensor
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         self.stride = stride
         self.ignore_label = ignore_label
         self.grouping_scores = nn.Parameter(torch.zeros(len(self.kernel_sizes), num_classes))
@@ -183,7 +200,13 @@ class AdaptiveAffinityLoss(nn.Module):
         separating = _adversarial_mean(
             sums.separating, sums.separating_pairs, self.separating_scores
         )
-        return self.grouping_weight * grouping + self.separating_weight * separating
+        loss = self.grouping_weight * grouping + self.separating_weight * separating
+        if self.max_iter is None or self.decay == 1:
+            return loss
+        part = self.steps.clamp(max=self.max_iter) / self.max_iter
+        if self.training:
+            self.steps += 1
+        return loss * self.decay ** (-part)
 
 
 def _adversarial_mean(sums_SK: Tensor, pairs_S: Tensor, scores_SK: Tensor) -> Tensor:

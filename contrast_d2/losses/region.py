@@ -12,18 +12,27 @@ Shape letters: B images, K classes, H W size of the labels, h w pooled, N positi
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .precision import full_precision
 
+Pool = Literal["average", "max"]
+
 # Added to the diagonal of covariances, which are singular for a class that an image lacks.
 _RIDGE = 5e-4
 
 
 def region_mutual_information(
-    targets: Tensor, probabilities: Tensor, *, radius: int = 3, stride: int = 4
+    targets: Tensor,
+    probabilities: Tensor,
+    *,
+    radius: int = 3,
+    stride: int = 4,
+    pool: Pool = "average",
 ) -> Tensor:
     """The lower bound of the mutual information of patches, for each image and class.
 
@@ -34,7 +43,8 @@ def region_mutual_information(
         targets: (B, K, H, W), 1 at pixels of the class and 0 elsewhere; constant.
         probabilities: (B, K, H, W) in [0, 1]. Where a pixel is to be ignored, 0 in both.
         radius: side R of a patch, in pooled pixels.
-        stride: both are first averaged over squares of this side.
+        stride: both are first pooled over squares of this side.
+        pool: how; by the maximum a square is of every class that it touches.
 
     Returns:
         (B, K) fp64, I / d: larger is better. Of a class that an image lacks it is a constant. The
@@ -53,8 +63,8 @@ def region_mutual_information(
             f"patches of {radius}x{radius} at stride {stride} need maps of {radius * stride} "
             f"pixels a side, these have {height}x{width}: take larger crops or a smaller stride."
         )
-    y_BKdN = _patches(targets, radius, stride)
-    p_BKdN = _patches(probabilities, radius, stride)
+    y_BKdN = _patches(targets, radius, stride, pool)
+    p_BKdN = _patches(probabilities, radius, stride, pool)
     identity_dd = torch.eye(radius**2, dtype=y_BKdN.dtype, device=y_BKdN.device)
     covariance_y = y_BKdN @ y_BKdN.mT
     covariance_p = p_BKdN @ p_BKdN.mT
@@ -69,9 +79,10 @@ def region_mutual_information(
     return -half_log_det / radius**2
 
 
-def _patches(maps: Tensor, radius: int, stride: int) -> Tensor:
+def _patches(maps: Tensor, radius: int, stride: int, pool: Pool) -> Tensor:
     """Centred vectors of all patches of the pooled maps, (B, K, d, N) fp64."""
-    pooled = F.avg_pool2d(maps, stride).double()  # h = H // stride
+    pooling = F.max_pool2d if pool == "max" else F.avg_pool2d
+    pooled = pooling(maps, stride).double()  # h = H // stride
     vectors = F.unfold(pooled.flatten(0, 1)[:, None], radius)
     vectors = vectors - vectors.mean(dim=-1, keepdim=True)
     return vectors.unflatten(0, maps.shape[:2])
@@ -85,6 +96,7 @@ def rmi_loss(
     weight: float = 0.5,
     radius: int = 3,
     stride: int = 4,
+    pool: Pool = "average",
     ignore_label: int = 255,
 ) -> Tensor:
     """Binary cross entropy of every class, and the region mutual information:
@@ -100,7 +112,7 @@ def rmi_loss(
         labels: (B, H, W) int64 classes or `ignore_label`.
         weight: of the cross entropy, in [0, 1]; the paper's lambda.
         radius: side R of a patch, in pooled pixels.
-        stride: labels and probabilities are first averaged over squares of this side.
+        stride, pool: as in `region_mutual_information`.
         ignore_label: pixels with this label do not count; an image without another is left out.
 
     Returns:
@@ -121,7 +133,7 @@ def rmi_loss(
     cross_entropy = total / valid.sum().clamp(min=1)
 
     information_BK = region_mutual_information(
-        targets, logits.sigmoid() * mask, radius=radius, stride=stride
+        targets, logits.sigmoid() * mask, radius=radius, stride=stride, pool=pool
     )
     counted_B = valid.flatten(1).any(dim=1)
     information = (information_BK.sum(dim=1) * counted_B).sum() / counted_B.sum().clamp(min=1)
@@ -134,7 +146,9 @@ class RMILoss(nn.Module):
     Args:
         weight: of the cross entropy, in [0, 1]; the paper's lambda.
         radius: side of a patch, in pooled pixels; 3 makes vectors of 9 dimensions.
-        stride: labels and probabilities are first averaged over squares of this side.
+        stride: labels and probabilities are first pooled over squares of this side.
+        pool: "average" as in the paper, or "max", which the code of Wang et al., ICCV 2021, has at
+            stride 3.
         ignore_label: pixels with this label do not count.
 
     Raises:
@@ -142,9 +156,17 @@ class RMILoss(nn.Module):
     """
 
     def __init__(
-        self, *, weight: float = 0.5, radius: int = 3, stride: int = 4, ignore_label: int = 255
+        self,
+        *,
+        weight: float = 0.5,
+        radius: int = 3,
+        stride: int = 4,
+        pool: Pool = "average",
+        ignore_label: int = 255,
     ) -> None:
         super().__init__()
+        if pool not in ("average", "max"):
+            raise ValueError(f"pool={pool!r}: choose 'average' or 'max'.")
         if not 0 <= weight <= 1:
             raise ValueError(f"weight={weight}: must lie in [0, 1].")
         if radius < 1 or stride < 1:
@@ -152,6 +174,7 @@ class RMILoss(nn.Module):
         self.weight = weight
         self.radius = radius
         self.stride = stride
+        self.pool: Pool = pool
         self.ignore_label = ignore_label
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -162,5 +185,6 @@ class RMILoss(nn.Module):
             weight=self.weight,
             radius=self.radius,
             stride=self.stride,
+            pool=self.pool,
             ignore_label=self.ignore_label,
         )

@@ -71,14 +71,18 @@ class SegLoss(nn.Module):
             labels: (B, H, W) int64.
         """
         size = labels.shape[-2:]
-        losses = {"loss_sem_seg": self.main(upsample(output.logits, size), labels)}
+        losses = {
+            "loss_sem_seg": self.main(upsample(output.logits, size, output.align_corners), labels)
+        }
         if output.aux_logits is not None:
-            aux = self.aux(upsample(output.aux_logits, size), labels)
+            aux = self.aux(upsample(output.aux_logits, size, output.align_corners), labels)
             losses["loss_aux"] = self.aux_weight * aux
         return losses
 
 
-def upsample(logits: Tensor, size: Sequence[int]) -> Tensor:
+def upsample(logits: Tensor, size: Sequence[int], align_corners: bool = False) -> Tensor:
     """Resizes class scores (B, K, h, w) to (H, W), bilinearly and in fp32: sums over a bf16 softmax
     of a whole crop lose digits."""
-    return F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+    return F.interpolate(
+        logits.float(), size=tuple(size), mode="bilinear", align_corners=align_corners
+    )

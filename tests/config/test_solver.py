@@ -28,6 +28,13 @@ def test_decay(subtests: pytest.Subtests) -> None:
             assert rates(40, power=power) == pytest.approx(expected, rel=1e-12)
 
 
+def test_decay_to_a_minimum() -> None:
+    expected = [0.5 * (0.02 + 0.98 * (1 - t / 40) ** 0.9) for t in range(40)]
+    assert rates(40, min_factor=0.02) == pytest.approx(expected, rel=1e-12)
+    found = rates(40, min_factor=0.02, warmup_iters=10, warmup_factor=0.0)
+    assert found[0] == 0 and found[10:] == pytest.approx(expected[10:], rel=1e-12)
+
+
 def test_power_is_the_fields_by_default() -> None:
     assert rates(10)[5] == pytest.approx(0.5 * 0.5**0.9)
 
@@ -56,6 +63,7 @@ def test_mistakes(subtests: pytest.Subtests) -> None:
         ({"max_iter": 10, "power": float("nan")}, "power=nan"),
         ({"max_iter": 10, "warmup_factor": 1.5}, "warmup_factor=1.5"),
         ({"max_iter": 10, "warmup_factor": -0.1}, "warmup_factor=-0.1"),
+        ({"max_iter": 10, "min_factor": 1.0}, "min_factor=1.0"),
     ]:
         with subtests.test(arguments=arguments):
             with pytest.raises(ValueError, match=message):

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contrast_d2.contrast import info_nce, info_nce_sorted, terms
+from contrast_d2.contrast import info_nce
+from contrast_d2.contrast.kernels import masked
+from contrast_d2.contrast.kernels import sorted as sorted_kernel
 
 from . import references
 from .rounding import largest_error, rounding
@@ -40,15 +42,15 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 def set_blocks(monkeypatch: pytest.MonkeyPatch, rows: int, num_contrast: int) -> None:
     """Bounds the rows of one block of similarities."""
-    monkeypatch.setattr(terms, "_BLOCK_ELEMENTS", rows * num_contrast)
-    monkeypatch.setattr(info_nce_sorted, "_BLOCK_ELEMENTS", rows * num_contrast)
-    monkeypatch.setattr(info_nce_sorted, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(info_nce_sorted, "_TILE_ELEMENTS", 0)
-    monkeypatch.setattr(info_nce_sorted, "_FEW_ROWS", 0)
-    monkeypatch.setattr(info_nce_sorted, "_ROWS", rows)
-    monkeypatch.setattr(info_nce_sorted, "_MIXED_ROWS", rows)
-    monkeypatch.setattr(info_nce_sorted, "_COLUMNS", 2 * rows)
-    monkeypatch.setattr(info_nce_sorted, "_WIDE_COLUMNS", 2 * rows)
+    monkeypatch.setattr(masked, "_BLOCK_ELEMENTS", rows * num_contrast)
+    monkeypatch.setattr(sorted_kernel, "_BLOCK_ELEMENTS", rows * num_contrast)
+    monkeypatch.setattr(sorted_kernel, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(sorted_kernel, "_TILE_ELEMENTS", 0)
+    monkeypatch.setattr(sorted_kernel, "_FEW_ROWS", 0)
+    monkeypatch.setattr(sorted_kernel, "_ROWS", rows)
+    monkeypatch.setattr(sorted_kernel, "_MIXED_ROWS", rows)
+    monkeypatch.setattr(sorted_kernel, "_COLUMNS", 2 * rows)
+    monkeypatch.setattr(sorted_kernel, "_WIDE_COLUMNS", 2 * rows)
 
 
 # ---- the equations
@@ -342,8 +344,8 @@ def test_memory_grows_with_the_anchors_not_with_their_square(
 ) -> None:
     size, width, rows = 1000, 8, 16
     set_blocks(monkeypatch, rows, num_contrast=size)
-    monkeypatch.setattr(info_nce_sorted, "_COLUMNS", size)
-    monkeypatch.setattr(info_nce_sorted, "_CACHE_BYTES", 0)
+    monkeypatch.setattr(sorted_kernel, "_COLUMNS", size)
+    monkeypatch.setattr(sorted_kernel, "_CACHE_BYTES", 0)
     labels = torch.randint(5, (size,))
     anchors = unit(size, width, dtype=torch.float32).requires_grad_()
     saved: list[int] = []

@@ -21,10 +21,12 @@ from contrast_d2.contrast import (
     SemiHardPairs,
     contextrast,
     ms_cs,
+    ms_cs_paper,
     ms_cs_release,
     pixel_contrast,
     pixel_contrast_release,
     pne,
+    pne_release,
 )
 from contrast_d2.contrast.method import connected_zero
 
@@ -64,15 +66,25 @@ METHODS: Mapping[str, Callable[[], nn.Module]] = {
     "ms_cs_release": lambda: ms_cs_release(CHANNELS, K, **FEW),
     "pixel": pixel,
     "pixel memory": lambda: pixel(memory=bank()),
-    "pixel memory, some keys": lambda: pixel(memory=bank(max_per_class=4)),
+    "pixel memory, some keys": lambda: pixel(memory=bank(max_keys=4 * K)),
     "pixel semi-hard": lambda: pixel(memory=bank(), pairs=SemiHardPairs(0.5, 3, 9)),
     "pixel boundary negatives": lambda: pixel(negatives=BoundaryNegatives(K)),
     "pixel_release": lambda: pixel_contrast_release(
         CHANNELS, K, feature="res2", warmup_iters=0, **FEW
     ),
+    "pixel_release, memory": lambda: pixel_contrast_release(
+        CHANNELS,
+        K,
+        feature="res2",
+        warmup_iters=0,
+        max_per_group=1,
+        memory=bank(max_keys=None),
+        **FEW,
+    ),
     "contextrast": lambda: contextrast(CHANNELS, K, **SMALL),
     "contextrast++": plus,
     "pne": lambda: pne(CHANNELS, K, feature="res2", max_hard=1.0, **SMALL),
+    "pne_release": lambda: pne_release(CHANNELS, K, feature="res2", **SMALL),
     "sum": lambda: ContrastSum({"ms": multi_scale(), "px": pixel_like_ms(memory=bank())}),
 }
 
@@ -260,7 +272,7 @@ def test_memory_format_and_label_type_do_not_matter(name: str) -> None:
 
 def waits_of(name: str) -> int:
     """How often the host has to wait in a step: PNE's predictions say how many groups there are."""
-    return int(name == "pne")
+    return int(name.startswith("pne"))
 
 
 def test_a_step_needs_no_value_from_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,9 +381,20 @@ def test_presets_take_any_maps() -> None:
     assert [pair.name for pair in ms_cs({"a": 8, "b": 8}, K).pairs] == ["a", "b", "a_b"]
     assert [pair.name for pair in ms_cs({"a": 8}, K).pairs] == ["a"]
     assert pne({"x": 8}, K).names == ("x",)
-    for preset in (pne, pixel_contrast, pixel_contrast_release):
+    for preset in (pne, pne_release, pixel_contrast, pixel_contrast_release):
         with pytest.raises(ValueError, match=r"feature=None.*\['a', 'b'\]"):
             preset({"a": 8, "b": 8}, K)
+
+
+def test_presets_differ_by_what_their_names_say() -> None:
+    floors = [preset({"a": 8}, K).sampler.min_per_class for preset in (ms_cs, ms_cs_paper)]
+    assert floors == [32, 0]
+    gates = [(m.max_hard, m.official_code) for m in (pne({"a": 8}, K), pne_release({"a": 8}, K))]
+    assert gates == [(199 / 8192, False), (199, True)]
+    # Of one anchor a half is none, so that it is a right one.
+    for most, hard in ((100, 0.5), (1, 0.0)):
+        sampler = pixel_contrast_release({"a": 8}, K, max_per_group=most).sampler
+        assert (sampler.hard_share, sampler.min_pixels) == (hard, most + 1)
 
 
 def test_a_zero_reaches_everything_and_ignores_values() -> None:

@@ -7,7 +7,7 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 
-from contrast_d2.data import RandomPad, RandomScale, RandomScaledCrop
+from contrast_d2.data import RandomPad, RandomScale, RandomScaledCrop, scaling
 from contrast_d2.data.scaling import ScaledCropTransform
 
 SCALE, ASPECT = (0.5, 2.0), (0.9, 1.1)
@@ -95,19 +95,56 @@ def test_nearest_pixels_are_pillows(subtests: pytest.Subtests) -> None:
 
 
 def test_only_what_the_window_needs_is_resized(monkeypatch):
+    """Not twice as many pixels, of which a few lead to one that can be resized by itself."""
     sizes = []
-    fromarray = Image.fromarray
+    part = scaling._part
 
-    def spy(array):
-        sizes.append(array.shape)
-        return fromarray(array)
+    def spy(*axis):
+        found = part(*axis)
+        sizes.append((found[0].stop - found[0].start, found[2]))
+        return found
 
-    monkeypatch.setattr(Image, "fromarray", spy)
+    monkeypatch.setattr(scaling, "_part", spy)
     image = np.zeros((1000, 2000, 3), dtype=np.uint8)
     window = ScaledCropTransform((1000, 2000), (2000, 4000), (700, 900), (100, 200))
     assert window.apply_image(image).shape == (100, 200, 3)
-    # Half as many pixels on each axis, and those that interpolation reaches beside them.
-    assert sizes == [(52, 102, 3)]
+    assert sizes == [(52, 102), (102, 202)]
+    window = ScaledCropTransform((1000, 2000), (1379, 2711), (700, 900), (400, 600))
+    window.apply_image(image)
+    assert all(
+        resized < 1.5 * wanted for (_, resized), wanted in zip(sizes[2:], (400, 600), strict=True)
+    )
+
+
+def test_parts_that_keep_their_size_are_filtered():
+    """A part as long as what it becomes is still another one: pixels lie between the old ones."""
+    image = noise(150, 60)[0]
+    window = ScaledCropTransform((150, 60), (153, 60), (71, 0), (50, 60))
+    expected = T.ResizeTransform(150, 60, 153, 60).apply_image(image)[71:121]
+    assert scaling._part(71, 121, 150, 153)[0] == slice(50, 120)  # 70 pixels for 20 + 50
+    assert abs(window.apply_image(image).astype(int) - expected).max() <= 2
+
+
+def test_any_part_of_an_axis_is_that_of_the_whole():
+    """Every window of every size of a line of noise."""
+    line = np.repeat(np.random.default_rng(0).integers(0, 256, (1, 23, 1), dtype=np.uint8), 3, 2)
+    for new in range(1, 70):
+        whole = T.ResizeTransform(1, 23, 1, new).apply_image(line).astype(int)
+        for first in range(new):
+            for last in {first + 1, (first + new + 1) // 2, new}:
+                if last > first:
+                    window = ScaledCropTransform((1, 23), (1, new), (0, first), (1, last - first))
+                    assert abs(window.apply_image(line) - whole[:, first:last]).max() <= 1
+
+
+def test_counts_are_of_all_labels():
+    labels = noise(5, 7)[1]
+    labels[0, :3] = 255
+    for size in [(5, 7), (1, 1), (1, 3), (2, 2), (4, 7)]:
+        part = labels[: size[0], : size[1]]
+        expected = np.bincount(part.ravel(), minlength=256)
+        expected[255] = 0
+        assert np.array_equal(RandomScaledCrop((4, 4))._counts(part), expected)
 
 
 def test_points_move_with_the_pixels():

@@ -12,8 +12,9 @@ from contrast_d2.decoders import FCNDecoder
 SHAPES = {"res2": ShapeSpec(channels=3, stride=4), "res4": ShapeSpec(channels=5, stride=16)}
 
 
-def test_equals_the_papers_head_written_out() -> None:
-    decoder = FCNDecoder(SHAPES, num_classes=4).eval()
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_equals_the_papers_head_written_out(align_corners: bool) -> None:
+    decoder = FCNDecoder(SHAPES, num_classes=4, align_corners=align_corners).eval()
     norm = decoder.fuse.norm
     for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
         torch.nn.init.uniform_(tensor, 0.5, 1.5)
@@ -21,8 +22,13 @@ def test_equals_the_papers_head_written_out() -> None:
     fine, coarse = torch.randn(2, 3, 16, 21), torch.randn(2, 5, 4, 6)
     output = decoder.decode({"res2": fine, "res4": coarse})
     joined = torch.cat(
-        [fine, F.interpolate(coarse, size=(16, 21), mode="bilinear", align_corners=False)], dim=1
+        [
+            fine,
+            F.interpolate(coarse, size=(16, 21), mode="bilinear", align_corners=align_corners),
+        ],
+        dim=1,
     )
+    assert output.align_corners == align_corners
     assert torch.equal(output.features["concat"], joined)
     assert torch.equal(output.logits, decoder.predictor(output.features["pre_logits"]))
     hidden = torch.einsum("oc,bchw->bohw", decoder.fuse.weight[:, :, 0, 0], joined)

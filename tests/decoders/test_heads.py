@@ -167,21 +167,28 @@ def test_trains_and_evaluates(name: str, segmentor: str) -> None:
     assert [x["sem_seg"].shape for x in results] == [(NUM_CLASSES, *size) for size in sizes]
 
 
-def test_forward_is_the_cross_entropy_of_detectron2_and_evaluation_at_full_size() -> None:
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_forward_is_the_cross_entropy_of_detectron2_and_evaluation_at_full_size(
+    align_corners: bool,
+) -> None:
     shapes = feature_shapes(NAME)
-    head = FCNDecoder(shapes, num_classes=NUM_CLASSES, ignore_value=3)
+    head = FCNDecoder(shapes, num_classes=NUM_CLASSES, ignore_value=3, align_corners=align_corners)
     maps = {
         n: torch.randn(2, s.channels, 64 // s.stride, 96 // s.stride) for n, s in shapes.items()
     }
     targets = torch.randint(0, NUM_CLASSES, (2, 64, 96))
-    logits = F.interpolate(head.layers(maps), (64, 96), mode="bilinear", align_corners=False)
+    logits = F.interpolate(
+        head.layers(maps), (64, 96), mode="bilinear", align_corners=align_corners
+    )
     nothing, losses = head(maps, targets)
     assert nothing is None
     expected = F.cross_entropy(logits, targets, ignore_index=3)
     torch.testing.assert_close(losses, {"loss_sem_seg": expected})
     scores, losses = head.eval()(maps)
     assert losses == {}
-    expected = F.interpolate(head.layers(maps), (64, 96), mode="bilinear", align_corners=False)
+    expected = F.interpolate(
+        head.layers(maps), (64, 96), mode="bilinear", align_corners=align_corners
+    )
     torch.testing.assert_close(scores, expected)
 
 

@@ -31,9 +31,11 @@ def pyramid() -> ContrastiveSegmentor:
     return model
 
 
+@pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("size", [(64, 96), (50, 71)])
-def test_scores_are_the_segmentors(size: tuple[int, int]) -> None:
+def test_scores_are_the_segmentors(size: tuple[int, int], align_corners: bool) -> None:
     model = small(tiny_contrast()).train()
+    model.sem_seg_head.align_corners = align_corners
     images = 255 * torch.rand(2, 3, *size)
     inference = export.InferenceModel(model)
     found = inference(images)

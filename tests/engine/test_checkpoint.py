@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import pickle
 import random
@@ -21,6 +22,7 @@ from torch import nn
 from contrast_d2.decoders import FCNDecoder
 from contrast_d2.engine import BestCheckpointer, Checkpointer
 from contrast_d2.engine.checkpoint import find_resumable
+from contrast_d2.engine.record import save_inference_weights
 from contrast_d2.losses import CrossEntropyLoss, SegLoss
 from contrast_d2.segmentor import ContrastiveSegmentor
 from contrast_d2.weights import read_weights
@@ -39,6 +41,43 @@ def test_save_names_the_last_checkpoint_only_when_told(tmp_path: Path) -> None:
     extra = Checkpointer(other, str(tmp_path)).load(checkpointer.get_checkpoint_file())
     assert torch.equal(other.weight, model.weight)
     assert extra["iteration"] == 4
+
+
+class Average:
+    """The state of a training that averages its weights."""
+
+    def __init__(self, value: float) -> None:
+        self._average = {"weight": torch.tensor([1.0, value])}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"hooks": {"WeightAverage": {"average": self._average}}}
+
+
+def test_weights_that_are_not_finite_are_not_written(
+    tmp_path: Path, subtests: pytest.Subtests
+) -> None:
+    for where in ("a weight", "a statistic", "the average"):
+        with subtests.test(where=where):
+            folder = tmp_path / where
+            folder.mkdir()
+            model = nn.BatchNorm1d(3)
+            average = Average(math.nan if where == "the average" else 1.0)
+            checkpointer = Checkpointer(model, str(folder), trainer=average)
+            if where != "the average":
+                checkpointer.save("model_0000001")
+            before = sorted((path.name, path.read_bytes()) for path in folder.iterdir())
+            with torch.no_grad():
+                if where == "a weight":
+                    model.weight[1] = math.nan
+                if where == "a statistic":
+                    model.running_var[2] = math.inf
+            for name in ("model_0000002", "model_best", "model_final"):
+                with pytest.raises(FloatingPointError, match=f"not finite, so {name}.pth"):
+                    checkpointer.save(name, is_last=name != "model_best")
+            if where != "the average":
+                with pytest.raises(FloatingPointError, match="model_inference"):
+                    save_inference_weights(model, str(folder))
+            assert sorted((path.name, path.read_bytes()) for path in folder.iterdir()) == before
 
 
 # --- What a folder can look like when a run is resumed in it.

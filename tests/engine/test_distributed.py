@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from detectron2.engine import create_ddp_model
+from detectron2.engine import HookBase, create_ddp_model
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone
 from torch import Tensor, nn
 
 from contrast_d2.contrast import BalancedSampler, MultiScaleContrast, MultiScaleProjector
 from contrast_d2.decoders import SemSegFPNDecoder
-from contrast_d2.engine import Trainer
+from contrast_d2.engine import NonFiniteLossError, Trainer
 from contrast_d2.engine.trainer import Batch
 from contrast_d2.losses import CrossEntropyLoss, SegLoss
 from contrast_d2.segmentor import ContrastiveSegmentor
@@ -112,3 +113,40 @@ def test_two_processes_equal_one() -> None:
         # fp32, summed in another order
         torch.testing.assert_close(first[name], value, rtol=1e-4, atol=1e-6, msg=name)
         assert torch.equal(first[name], second[name]), name
+
+
+def train_with_an_infinite_image() -> dict[str, Any]:
+    """What is left of a training in which the second process has one in its second step."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    states: list[Tensor] = []
+
+    def poisoned() -> Iterator[Batch]:
+        for step, batch in enumerate(batches(0, rank, world_size)):
+            if (step, rank) == (1, 1):
+                batch[0]["image"].fill_(torch.inf)
+            yield batch
+
+    model = build(across_processes=False)
+
+    class Remembers(HookBase):
+        def after_step(self) -> None:
+            states.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9, fused=True)
+    ddp = create_ddp_model(model, device_ids=None, broadcast_buffers=False)
+    trainer = Trainer(ddp, poisoned(), optimizer, seed=0)
+    trainer.register_hooks([Remembers()])
+    try:
+        trainer.train(0, 4)
+    except NonFiniteLossError as error:
+        return {"weights": torch.stack(states), "report": str(error)}
+    return {}
+
+
+def test_a_loss_that_is_not_finite_stops_all_processes_at_once() -> None:
+    first, second = run_processes(train_with_an_infinite_image, 2)
+    assert "iteration 1: a loss is not finite on another process" in first["report"]
+    assert "iteration 1: the loss is not finite" in second["report"]
+    assert torch.equal(first["weights"], second["weights"])
+    after_first, after_second = first["weights"]
+    assert torch.equal(after_first, after_second) and after_first.isfinite().all()

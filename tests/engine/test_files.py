@@ -70,7 +70,9 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path: Path) -> None:
 def test_metrics_on_a_full_disk_stop_with_the_same_line(tmp_path: Path) -> None:
     hook = MetricsWriter(lambda: [JSONWriter(str(tmp_path / "metrics.json"))], 1, str(tmp_path))
     with EventStorage(0) as storage:
-        hook.trainer = type("Loop", (), {"iter": 0, "max_iter": 9, "storage": storage})
+        hook.trainer = type(
+            "Loop", (), {"iter": 0, "max_iter": 9, "storage": storage, "catch_up": int}
+        )
         hook.before_train()
         storage.put_scalars(loss=1.0)
         hook.after_step()

@@ -6,6 +6,7 @@ import itertools
 import json
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,13 @@ from ..tiny import tiny_contrast, tiny_segmentor
 from .test_trainer import images, make
 
 
+def average_of(model: nn.Module, decay: float) -> WeightAverage:
+    """The hook in a training whose steps are not skipped."""
+    average = WeightAverage(model, decay)
+    average.trainer = SimpleNamespace(skipped=torch.zeros(()))
+    return average
+
+
 def network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
 
@@ -32,7 +40,7 @@ def change(model: nn.Module) -> None:
 
 def test_the_average_is_that_of_its_definition() -> None:
     model, decay = network(), 0.7
-    average = WeightAverage(model, decay)
+    average = average_of(model, decay)
     expected: dict[str, torch.Tensor] = {}
     for _ in range(5):
         change(model)
@@ -51,7 +59,7 @@ def test_the_average_is_that_of_its_definition() -> None:
 
 def test_the_average_stands_in_for_the_weights_and_goes_again() -> None:
     model = network()
-    average = WeightAverage(model, 0.9)
+    average = average_of(model, 0.9)
     for _ in range(3):
         change(model)
         average.after_step()
@@ -67,7 +75,7 @@ def test_the_average_stands_in_for_the_weights_and_goes_again() -> None:
 
 def test_the_average_continues_from_its_state() -> None:
     model = network()
-    averages = [WeightAverage(model, 0.5), WeightAverage(model, 0.5)]
+    averages = [average_of(model, 0.5), average_of(model, 0.5)]
     change(model)
     averages[0].after_step()
     state = {"average": {n: x.clone() for n, x in averages[0].state_dict()["average"].items()}}

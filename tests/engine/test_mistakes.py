@@ -17,7 +17,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog
 from PIL import Image
+
+from contrast_d2.engine import build_model, load_config
+
+from ..tiny import SMALL_NETWORK
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/shapes/semfpn_r18_ms_cs_demo.py"
@@ -378,6 +383,20 @@ def test_a_mistake_leaves_an_earlier_run_as_it_was(run: Run, tmp_path: Path) -> 
     assert status == 1
     for name in ("config.yaml", "metrics.json", "run.json"):
         assert (tmp_path / name).read_text() == "of the earlier run"
+
+
+def test_weights_of_nan_get_no_score(run: Run, tmp_path: Path) -> None:
+    cfg = load_config(str(ROOT / CONFIG), [*SMALL_NETWORK, "train.device=cpu"])
+    state = build_model(cfg, starting_weights=False).state_dict()
+    for x in state.values():
+        if x.is_floating_point():
+            x.fill_(torch.nan)
+    torch.save({"model": state}, tmp_path / "nan.pth")
+    weights = f"train.init_checkpoint={tmp_path / 'nan.pth'}"
+    arguments = (*SMALL_NETWORK, *QUICK, weights, f"train.output_dir={tmp_path / 'run'}")
+    first = DatasetCatalog.get("shapes_sem_seg_val")[0]["file_name"]
+    check(run("--config-file", CONFIG, "--eval-only", *arguments), first, "not finite", "64 of 64")
+    assert not list((tmp_path / "run").rglob("*.json"))
 
 
 def test_an_error_of_ours_keeps_its_traceback(

@@ -5,16 +5,27 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
+from bench.host_reads import HostReads
 from detectron2.engine import HookBase, hooks
+from fvcore.common.param_scheduler import CosineParamScheduler
 from torch import nn
+from torch.optim import SGD, AdamW
 
-from contrast_d2.engine import NonFiniteLossError, Trainer
-from contrast_d2.engine.trainer import Batch
+import contrast_d2.engine.trainer as trainer_module
+from contrast_d2.engine import NonFiniteLossError, Trainer, WeightAverage
+from contrast_d2.engine.trainer import MOST_SKIPPED, Batch
 from contrast_d2.files import DiskFullError
+
+from ..helpers import HostWaits
+from ..tiny import NUM_CLASSES, tiny_contrast, tiny_segmentor
+
+Optimizer = Callable[..., torch.optim.Optimizer]
 
 
 class TwoLosses(nn.Module):
@@ -47,10 +58,12 @@ def images(size: int, seed: int = 0) -> Iterator[Batch]:
         ]
 
 
-def make(batch_size: int, *, loss_weight: float = 1.0, **options) -> Trainer:
+def make(
+    batch_size: int, *, loss_weight: float = 1.0, optimizer: Optimizer | None = None, **options
+) -> Trainer:
     torch.manual_seed(1)
     model = TwoLosses(loss_weight)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = (optimizer or partial(SGD, lr=0.1, momentum=0.9))(model.parameters())
     return Trainer(model, images(batch_size), optimizer, seed=0, **options)
 
 
@@ -158,21 +171,228 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched() -> Non
     assert torch.equal(weights(trainer), before)
 
 
-def test_a_gradient_that_is_not_finite_stops_too() -> None:
-    class Root(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.x = nn.Parameter(torch.zeros(1))
+def with_root(trainer: Trainer, at: int) -> None:
+    """Adds a root at 0 to a loss, whose gradient alone is infinite, in one iteration."""
+    forward = trainer.model.forward
 
-        def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-            return {"loss_sem_seg": self.x.sqrt().sum()}
+    def new_forward(batch: Batch) -> dict[str, torch.Tensor]:
+        losses = forward(batch)
+        if trainer.iter == at:
+            root = (0 * trainer.model.linear.weight).abs().sum().sqrt()
+            losses["loss_sem_seg"] = losses["loss_sem_seg"] + root
+        return losses
 
-    model = Root()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    trainer = Trainer(model, images(1), optimizer, seed=0, clip_norm=1.0)
-    with pytest.raises(NonFiniteLossError, match="gradient's norm is inf.*image_0.png"):
-        trainer.train(0, 1)
-    assert model.x.item() == 0
+    trainer.model.forward = new_forward
+
+
+def state_of(trainer: Trainer) -> list[torch.Tensor]:
+    """Copies of weights and of the optimizer's state."""
+    state = [x for s in trainer.optimizer.state.values() for x in s.values()]
+    return [x.detach().clone() for x in [*trainer.model.parameters(), *state]]
+
+
+class Remembers(HookBase):
+    """Keeps copies of weights and state after each iteration."""
+
+    def __init__(self) -> None:
+        self.states: list[list[torch.Tensor]] = []
+
+    def after_step(self) -> None:
+        self.states.append(state_of(self.trainer))
+
+
+OPTIMIZERS: dict[str, Optimizer] = {
+    "sgd": partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "sgd, fused": partial(SGD, lr=0.1, momentum=0.9, weight_decay=0.1, fused=True),
+    "adamw, fused": partial(AdamW, lr=0.1, weight_decay=0.1, fused=True),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("options", [{}, {"clip_norm": 1.0}, {"amp_dtype": "bf16"}], ids=str)
+def test_a_gradient_that_is_not_finite_stops_before_anything_changes(
+    optimizer: Optimizer, options: dict
+) -> None:
+    """Also in the step after it, which is queued by then, and with decay and momentum."""
+    trainer = make(1, optimizer=optimizer, **options)
+    with_root(trainer, at=2)
+    remembers = Remembers()
+    trainer.register_hooks([remembers])
+    with pytest.raises(NonFiniteLossError, match="iteration 2:.*norm is (inf|nan).*image_2.png"):
+        trainer.train(0, 6)
+    assert trainer.iter == 3  # while which is queued the host hears of it
+    good = remembers.states[1]
+    assert len(good) > 2 and not torch.equal(good[0], remembers.states[0][0])
+    assert all(map(torch.equal, remembers.states[2], good))
+    assert all(map(torch.equal, state_of(trainer), good))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_first_step_that_is_skipped_leaves_nothing(
+    optimizer: Optimizer, request: pytest.FixtureRequest
+) -> None:
+    """As it often is in fp16. The momentum of torch's fused SGD would be what memory held."""
+    torch.use_deterministic_algorithms(True)  # which fills fresh memory with nan
+    request.addfinalizer(partial(torch.use_deterministic_algorithms, False))
+    skipping = make(2, optimizer=optimizer, amp_dtype="fp16", loss_weight=0.02)
+    with_root(skipping, at=0)
+    before = weights(skipping)
+    skipping.train(0, 1)
+    assert torch.equal(weights(skipping), before)
+    skipping.data_loader = images(2)
+    skipping.train(1, 5)
+    other = make(2, optimizer=optimizer, amp_dtype="fp16", loss_weight=0.02)
+    other.train(1, 5)
+    torch.testing.assert_close(weights(skipping), weights(other), rtol=1e-3, atol=1e-4)
+    assert all(map(torch.Tensor.isfinite, [x.sum() for x in state_of(skipping)]))
+
+
+def test_a_skipped_step_leaves_the_average_of_the_weights() -> None:
+    trainer = make(2, amp_dtype="fp16", loss_weight=0.02)
+    with_root(trainer, at=3)
+    average = WeightAverage(trainer.model, 0.5)
+    seen: list[torch.Tensor] = []
+
+    class Sees(HookBase):
+        def after_step(self) -> None:
+            seen.append(average.average["linear.weight"].clone())
+
+    trainer.register_hooks([average, Sees()])
+    trainer.train(0, 5)
+    same = [torch.equal(a, b) for a, b in itertools.pairwise(seen)]
+    assert same == [False, False, True, False]
+
+
+def test_training_in_fp16_ends_after_many_skips_in_a_row(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(1, amp_dtype="fp16", loss_weight=0.02)
+    monkeypatch.setattr(trainer_module.logger, "propagate", True)
+    forward, good = trainer.model.forward, weights(trainer)
+
+    def overflows(batch: Batch) -> dict[str, torch.Tensor]:
+        losses = forward(batch)
+        # All but one in the middle: they have to come in a row.
+        factor = 1e30 if trainer.iter != 5 else 1.0
+        return {n: x + factor * 0 * x + (x - x.detach()) * factor for n, x in losses.items()}
+
+    trainer.model.forward = overflows
+    with caplog.at_level(logging.INFO), pytest.raises(NonFiniteLossError) as caught:
+        trainer.train(0, 100)
+    assert f"in {MOST_SKIPPED} steps in a row" in str(caught.value)
+    assert f"iteration {5 + MOST_SKIPPED}:" in str(caught.value)
+    skips = [r for r in caplog.records if "overflows fp16 at a loss scale" in r.message]
+    assert len(skips) == 5 + MOST_SKIPPED
+    assert "iteration 1:" in skips[1].message and "32768" in skips[1].message
+    scales = dict.fromkeys(x for x, _ in trainer.storage.history("loss_scale").values())
+    assert list(scales)[:3] == [65536, 32768, 16384]
+    assert "grad_norm" in trainer.storage.latest()
+    assert not torch.equal(weights(trainer), good)  # by the one step
+
+
+def test_the_host_reads_a_step_while_the_next_one_is_queued() -> None:
+    trainer = make(2)
+    forward, known = trainer.model.forward, []
+
+    def looks(batch: Batch) -> dict[str, torch.Tensor]:
+        known.append(trainer.storage.latest().get("total_loss", (None, None))[1])
+        return forward(batch)
+
+    trainer.model.forward = looks
+    trainer.train(0, 4)
+    assert known == [None, None, 0, 1]
+    assert [i for _, i in trainer.storage.history("total_loss").values()] == [0, 1, 2, 3]
+    losses = [x for x, _ in trainer.storage.history("total_loss").values()]
+    for stop in range(1, 5):
+        shorter = make(2)
+        shorter.train(0, stop)
+        assert shorter.storage.latest()["total_loss"] == (losses[stop - 1], stop - 1)
+
+
+@pytest.mark.parametrize("amp_dtype", [None, "bf16", "fp16"])
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_step_waits_for_nothing(amp_dtype: str | None, clip_norm: float | None) -> None:
+    """Trainer, segmentor, losses, contrast, optimizer and hooks, as far as a CPU can tell."""
+    model = tiny_segmentor(tiny_contrast())
+    batch = [
+        {
+            "image": torch.randint(0, 256, (3, height, 64), dtype=torch.uint8),
+            "sem_seg": torch.randint(0, NUM_CLASSES, (height, 64), dtype=torch.uint8),
+        }
+        for height in (64, 56)
+    ]
+    optimizer = SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+    trainer = Trainer(
+        model,
+        itertools.repeat(batch),
+        optimizer,
+        seed=0,
+        amp_dtype=amp_dtype,
+        clip_norm=clip_norm,
+        accumulation_steps=2,
+    )
+    waits = HostReads()
+
+    class Counts(HookBase):
+        def before_step(self) -> None:
+            waits.__enter__()
+
+    class EndsCount(HookBase):
+        def after_step(self) -> None:
+            waits.__exit__(None, None, None)
+
+    schedule = hooks.LRScheduler(scheduler=CosineParamScheduler(1.0, 0.5))
+    average = WeightAverage(model, 0.9)
+    trainer.register_hooks([Counts(), hooks.IterationTimer(), schedule, average, EndsCount()])
+    start = model.sem_seg_head.predictor.weight.detach().clone()
+    trainer.train(0, 5)
+    assert waits.calls == []
+    baseline = tiny_segmentor()
+    with HostWaits() as copies:  # which sees copies to the device too
+        baseline(batch)
+    assert copies.calls == []
+    assert not torch.equal(model.sem_seg_head.predictor.weight, start)
+    trainer.optimizer = SGD(model.parameters(), lr=1e-3)  # and it would be noticed
+    trainer.train(0, 1)
+    assert waits.calls
+
+
+def test_a_state_is_not_that_of_a_step_that_failed() -> None:
+    """What is written to disk asks for it, and so is not written."""
+    trainer = make(1)
+    with_root(trainer, at=1)
+
+    class Saves(HookBase):
+        def after_step(self) -> None:
+            saved.append(self.trainer.state_dict()["iteration"])
+
+    saved: list[int] = []
+    trainer.register_hooks([Saves()])
+    with pytest.raises(NonFiniteLossError):
+        trainer.train(0, 3)
+    assert saved == [0]
+
+
+def test_a_state_takes_the_layout_of_the_weights() -> None:
+    """A fused kernel runs over weights and momentum as they lie in memory."""
+    results, state = [], {}
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Conv2d(3, 4, 3).to(memory_format=memory_format)
+        optimizer = SGD(model.parameters(), lr=1e-3, momentum=0.9, fused=True)
+        trainer = Trainer(model, [], optimizer, seed=0)
+        if state:
+            trainer.load_state_dict(state)
+        for _ in range(2 - len(results)):
+            model.weight.grad = (
+                torch.arange(108.0).view(4, 3, 3, 3).clone(memory_format=memory_format)
+            )
+            before = model.weight.detach().clone()
+            optimizer.step()
+            state = state or deepcopy(trainer.state_dict())
+        results.append(model.weight.detach() - before)
+    assert results[0].abs().max() > 0.1
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_random_numbers_of_a_step_depend_on_the_iteration_alone() -> None:

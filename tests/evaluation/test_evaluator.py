@@ -313,6 +313,24 @@ def test_two_processes_equal_one(make_dataset, tmp_path):
         assert report["images"] == 3
 
 
+def test_scores_that_are_not_finite_are_no_result(make_dataset, tmp_path, subtests):
+    labels = [random_labels(i, (7, 16), (0, 1, 3)) for i in range(3)]
+    name = make_dataset(labels, CLASSES)
+    records = DatasetCatalog.get(name)
+    for value in (math.nan, math.inf):
+        with subtests.test(value=value):
+            outputs = [scores_like(x, i, len(CLASSES), None) for i, x in enumerate(labels)]
+            outputs[1][2, 3, 4] = value
+            evaluator = SemSegEvaluator(name, output_dir=str(tmp_path / "scores"))
+            with pytest.raises(FloatingPointError, match="1 of 3 images") as caught:
+                run(evaluator, records, outputs)
+            assert str(caught.value).startswith(records[1]["file_name"])
+            assert not (tmp_path / "scores").exists()
+    outputs = [scores_like(x, i, len(CLASSES), None) for i, x in enumerate(labels)]
+    outputs[1][2] = -math.inf  # a class that a model rules out
+    assert run(SemSegEvaluator(name), records, outputs)["sem_seg"]["mIoU"] > 0
+
+
 @pytest.mark.gpu
 def test_counts_stay_on_the_device(make_dataset):
     labels = [random_labels(i, (40, 90), (0, 1, 3)) for i in range(3)]

@@ -51,6 +51,15 @@ def test_cityscapes_gets_its_label_ids_in_a_zip(cityscapes_test, tmp_path):
                 np.testing.assert_array_equal(np.asarray(png), np.array(ids)[classes])
 
 
+def test_scores_that_are_not_finite_are_not_packed(cityscapes_test, tmp_path):
+    writer = SubmissionWriter(NAME, str(tmp_path / "out"))
+    for record in cityscapes_test:
+        writer.process([record], [{"sem_seg": torch.full((19, *SIZE), torch.nan)}])
+    with pytest.raises(FloatingPointError, match="berlin_000000_000019.*3 of 3 images"):
+        writer.evaluate()
+    assert not (tmp_path / "out/submission.zip").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "first_id"), [("ade20k_sem_seg_val", 1), ("coco_stuff_164k_sem_seg_val", 0)]
 )

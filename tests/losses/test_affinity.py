@@ -96,6 +96,20 @@ def test_weights_are_trained_to_make_the_loss_larger() -> None:
     assert loss(logits, labels) > value
 
 
+def test_the_factor_falls_to_a_share_of_the_decay() -> None:
+    logits, labels = torch.randn(1, NUM_CLASSES, 9, 9), mixed_labels(1, 9, 9)
+    loss = AdaptiveAffinityLoss(NUM_CLASSES, stride=1, decay=10.0, max_iter=4)
+    constant = AdaptiveAffinityLoss(NUM_CLASSES, stride=1)(logits, labels)
+    found = [loss(logits, labels) / constant for _ in range(6)]
+    expected = [10 ** (-min(step, 4) / 4) for step in range(6)]
+    torch.testing.assert_close(torch.stack(found), torch.tensor(expected))
+    # A resumed run goes on, and evaluation does not count.
+    other = AdaptiveAffinityLoss(NUM_CLASSES, stride=1, decay=10.0, max_iter=12).eval()
+    other.load_state_dict(loss.state_dict())
+    for _ in range(2):
+        torch.testing.assert_close(other(logits, labels) / constant, torch.tensor(10**-0.5))
+
+
 def test_pairs_are_taken_on_a_grid_of_the_stride() -> None:
     logits, labels = torch.randn(2, NUM_CLASSES, 22, 27), mixed_labels(2, 22, 27)
     found = AdaptiveAffinityLoss(NUM_CLASSES, stride=4)(logits, labels)
@@ -120,6 +134,8 @@ def test_arguments_out_of_range(subtests: pytest.Subtests) -> None:
         ({"margin": 0.0}, "margin=0.0"),
         ({"separating_weight": -1.0}, "separating_weight=-1.0"),
         ({"stride": 0}, "stride=0"),
+        ({"decay": 0.5}, "decay=0.5"),
+        ({"decay": 10.0}, "decay=10.0 with max_iter=None"),
     ]:
         with subtests.test(options=options):
             with pytest.raises(ValueError, match=message):

@@ -16,7 +16,10 @@ from .rows import NUM_CLASSES, mixed_labels
 
 FILE = Path(__file__).parents[2] / "configs" / "common" / "losses.py"
 IGNORE_LABEL = 9
-PRESETS = ["aaf", "cross_entropy", "dice", "focal", "lovasz", "ohem", "rmi"]
+PRESETS = [
+    *("aaf", "cross_entropy", "cross_entropy_lovasz", "dice", "focal", "lovasz", "ohem"),
+    *("rmi", "rmi_max"),
+]
 
 
 def test_every_preset_is_tested() -> None:
@@ -30,13 +33,17 @@ def test_trains_both_outputs_and_follows_the_dataset(name: str) -> None:
         pytest.importorskip("segmentation_models_pytorch", reason="needs the extra `losses`")
     dataset = {"num_classes": NUM_CLASSES, "ignore_label": IGNORE_LABEL}
     cfg = OmegaConf.create(
-        {"dataset": dataset, "seg_loss": LazyConfig.load(str(FILE))[name]},
+        {
+            "dataset": dataset,
+            "train": {"max_iter": 9},
+            "seg_loss": LazyConfig.load(str(FILE))[name],
+        },
         flags={"allow_objects": True},
     )
     loss = instantiate(cfg.seg_loss)
     ignored = {m.ignore_label for m in loss.modules() if hasattr(m, "ignore_label")}
     assert ignored == {IGNORE_LABEL} and loss.aux_weight == 0.4
-    if name in ("aaf", "rmi"):
+    if name in ("aaf", "rmi", "rmi_max"):
         assert isinstance(loss.aux, CrossEntropyLoss)
     else:
         assert loss.aux is loss.main
@@ -57,4 +64,4 @@ def test_aaf_is_as_in_the_paper() -> None:
     main = LazyConfig.load(str(FILE)).aaf.main
     assert main.losses.affinity["_target_"] is AdaptiveAffinityLoss
     assert tuple(main.losses.affinity.kernel_sizes) == (3, 5, 7)
-    assert main.losses.affinity.margin == 3.0
+    assert (main.losses.affinity.margin, main.losses.affinity.decay) == (3.0, 10.0)

@@ -15,12 +15,13 @@ from .rows import IGNORED, NUM_CLASSES, mixed_labels
 RIDGE = 5e-4
 
 
-def patches(pixels: np.ndarray, radius: int, stride: int) -> np.ndarray:
-    """All patches of a map (H, W) after average pooling, one per row."""
+def patches(pixels: np.ndarray, radius: int, stride: int, pool: str) -> np.ndarray:
+    """All patches of a map (H, W) after pooling, one per row."""
+    of_square = np.max if pool == "max" else np.mean
     rows, columns = pixels.shape[0] // stride, pixels.shape[1] // stride
     pooled = np.array(
         [
-            [pixels[y * stride : (y + 1) * stride, x * stride : (x + 1) * stride].mean()
+            [of_square(pixels[y * stride : (y + 1) * stride, x * stride : (x + 1) * stride])
              for x in range(columns)]
             for y in range(rows)
         ]
@@ -34,9 +35,11 @@ def patches(pixels: np.ndarray, radius: int, stride: int) -> np.ndarray:
     )
 
 
-def information(target: np.ndarray, probability: np.ndarray, radius: int, stride: int) -> float:
+def information(
+    target: np.ndarray, probability: np.ndarray, radius: int, stride: int, pool: str
+) -> float:
     """I / d of one image and class, by the formula."""
-    y, p = patches(target, radius, stride), patches(probability, radius, stride)
+    y, p = (patches(pixels, radius, stride, pool) for pixels in (target, probability))
     d, n = radius**2, len(y)
     joint = np.cov(np.hstack([y, p]).T, bias=True) * n
     s_y, s_p, cross = joint[:d, :d], joint[d:, d:], joint[:d, d:]
@@ -44,11 +47,14 @@ def information(target: np.ndarray, probability: np.ndarray, radius: int, stride
     return -0.5 * np.linalg.slogdet(remainder + RIDGE * np.eye(d))[1] / d
 
 
-@pytest.mark.parametrize(("radius", "stride"), [(3, 1), (2, 2), (3, 3)])
-def test_equals_the_definition(radius: int, stride: int) -> None:
+@pytest.mark.parametrize(
+    ("radius", "stride", "pool"),
+    [(3, 1, "average"), (2, 2, "average"), (3, 3, "average"), (3, 3, "max")],
+)
+def test_equals_the_definition(radius: int, stride: int, pool: str) -> None:
     logits = 2 * torch.randn(2, NUM_CLASSES, 19, 23, dtype=torch.float64)
     labels = mixed_labels(2, 19, 23)
-    loss = RMILoss(weight=0.3, radius=radius, stride=stride)
+    loss = RMILoss(weight=0.3, radius=radius, stride=stride, pool=pool)
     entropy, informations = 0.0, []
     for image, label in zip(logits, labels, strict=True):
         valid = (label != IGNORED).numpy()
@@ -56,7 +62,7 @@ def test_equals_the_definition(radius: int, stride: int) -> None:
             target = (label == c).numpy().astype(float)
             p = image[c].sigmoid().numpy()
             entropy -= np.log(np.where(target == 1, p, 1 - p))[valid].sum()
-            informations.append(information(target, p * valid, radius, stride))
+            informations.append(information(target, p * valid, radius, stride, pool))
     expected = 0.3 * entropy / (labels != IGNORED).sum().item() - 0.7 * sum(informations) / 2
     assert loss(logits, labels).item() == pytest.approx(expected, rel=1e-8)
 
@@ -125,6 +131,7 @@ def test_arguments_out_of_range(subtests: pytest.Subtests) -> None:
         ({"weight": 1.5}, "weight=1.5"),
         ({"radius": 0}, "radius=0"),
         ({"stride": 0}, "stride=0"),
+        ({"pool": "min"}, "pool='min'"),
     ]:
         with subtests.test(options=options):
             with pytest.raises(ValueError, match=message):

@@ -44,6 +44,18 @@ def test_logits_are_resized_to_the_labels_by_pixel_areas() -> None:
     torch.testing.assert_close(found, F.cross_entropy(resized, labels, ignore_index=IGNORED))
 
 
+def test_logits_are_resized_from_corner_to_corner_where_the_decoder_says_so() -> None:
+    # Every second pixel of 7 lies on one of 4.
+    logits = torch.randn(1, NUM_CLASSES, 4, 4)
+    corners = upsample(logits, (7, 7), align_corners=True)
+    torch.testing.assert_close(corners[..., ::2, ::2], logits)
+    output, labels = SegOutput(logits, logits, {}, align_corners=True), mixed_labels(1, 7, 7)
+    found = SegLoss(CrossEntropyLoss(), aux_weight=2.0)(output, labels)
+    expected = F.cross_entropy(corners, labels, ignore_index=IGNORED)
+    torch.testing.assert_close(found["loss_sem_seg"], expected)
+    torch.testing.assert_close(found["loss_aux"], 2 * expected)
+
+
 class _Constant(nn.Module):
     """A loss that is not the main one."""
 

@@ -161,6 +161,7 @@ def test_host_reads_are_counted(subtests: pytest.Subtests) -> None:
         (lambda x: x.detach().cpu().numpy(), 1),
         (lambda x: [x.cpu(), x.tolist()], 2),
         (lambda x: x.to("cpu"), 1),
+        (lambda x: x.to("cpu", non_blocking=True).tolist(), 0),
         (lambda x: x.to(torch.float64), 0),
         (lambda x: x[x > 0], 1),
         (lambda x: x.clone().index_put_((x > 0,), x[:1].expand(2)), 1),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from detectron2.data import DatasetCatalog
 from PIL import Image
 
@@ -23,6 +24,7 @@ def test_all_mappers_give_the_same_samples(camvid, tmp_path) -> None:
     """The same labels, and images that differ as ours and torchvision's hues do."""
     records = DatasetCatalog.get(data.CAMVID)[:2]
     contenders = data.mappers(data.Images(data.CAMVID, records, (200, 300), 11), tmp_path)
+    contenders.pop(data.OPENCV, None)
     for seed, record in enumerate(2 * records):
         samples = {}
         for name, mapper in contenders.items():
@@ -36,6 +38,24 @@ def test_all_mappers_give_the_same_samples(camvid, tmp_path) -> None:
             assert (sample["sem_seg"][~ignored] == labels[~ignored]).all()
             assert (labels[ignored] % 244 == 11).all()  # stored, or padding
             assert (sample["image"].float() - image).abs().mean() < 0.7
+
+
+def test_opencv_gives_samples_of_the_same_kind(camvid) -> None:
+    """Its own draws: sizes, padding, the limit on one class, and shares of classes on average."""
+    pytest.importorskip("cv2", reason="a contender that is compared where it is installed")
+    records = DatasetCatalog.get(data.CAMVID)[:3]
+    contenders = data.mappers(data.Images(data.CAMVID, records, (200, 300), 11), Path())
+    shares = {}
+    for name in (data.PEER, data.OPENCV):
+        np.random.seed(0)
+        counts = np.zeros(12)
+        for record in 20 * records:
+            sample = contenders[name](record)
+            assert sample["image"].shape == (3, 200, 300)
+            assert sample["image"].dtype == torch.uint8
+            counts += np.bincount(sample["sem_seg"].ravel(), minlength=12)
+        shares[name] = counts / counts.sum()
+    assert abs(shares[data.OPENCV] - shares[data.PEER]).max() < 0.05
 
 
 def test_large_images_are_like_those_of_cityscapes(camvid, tmp_path) -> None:

@@ -11,8 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-from contrast_d2.contrast import grouped_kernels
-from contrast_d2.contrast.grouped import Variant
+from contrast_d2.contrast.kernels import grouped_triton
+from contrast_d2.contrast.kernels.grouped import Variant
+from contrast_d2.contrast.kernels.triton_tools import SIZES
 
 
 class Compiled(NamedTuple):
@@ -38,7 +39,6 @@ class Compiled(NamedTuple):
 
 
 _POINTERS = {"table": "*i64", "labels": "*i32", "ranges": "*i32"}
-_SIZES = ("work_at", "visits_at", "terms_at", "num_terms", "plane")
 
 
 def compile_variant(variant: Variant, capability: int) -> Compiled:
@@ -52,13 +52,13 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(grouped_kernels, variant.kernel)
+    kernel = getattr(grouped_triton, variant.kernel)
     constants = variant.constants
     signature, values, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], values[(index,)] = "constexpr", constants[name]
-        elif name in _SIZES:
+        elif name in SIZES:
             signature[name] = "i32"
         else:
             signature[name] = _POINTERS.get(name, "*fp32")

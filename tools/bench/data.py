@@ -1,4 +1,4 @@
-"""Measures the way of an image from its file to the network's input, against detectron2's mapper.
+"""Measures the way of an image from its file to the network's input, against other mappers.
 
 Large images are made from frames of CamVid, because those of Cityscapes may not be handed on: the
 middle of a frame is enlarged to 2048x1024 and gets noise such that its PNG file is about as large
@@ -26,9 +26,11 @@ from torchvision.transforms import functional as tvf
 
 from contrast_d2.data import RandomPad, RandomScale, SemSegMapper, reading, train_augmentations
 
-from .machine import Say, note, ratios, spread
+from .machine import Say, installed, note, ratios, spread
+from .opencv import opencv_mapper
 
 PEER = "detectron2"
+OPENCV = "OpenCV, crop first"
 OURS = "contrast_d2"
 PILLOW_ALONE = "contrast_d2, Pillow alone"
 CACHED = "contrast_d2, with a cache"
@@ -84,7 +86,10 @@ class TorchvisionJitter(T.Augmentation):
 
 
 def mappers(images: Images, cache_dir: Path) -> dict[str, Mapper]:
-    """What is compared. All draw the same random numbers and give the same labels.
+    """What is compared. All draw from the same distribution.
+
+    But for OpenCV's, where it is installed, all draw the same random numbers and give the same
+    labels.
 
     Args:
         images: that are mapped.
@@ -126,6 +131,15 @@ def mappers(images: Images, cache_dir: Path) -> dict[str, Mapper]:
                 return ours(record)
 
         found[PILLOW_ALONE] = by_pillow
+    opencv = opencv_mapper(
+        images.crop_size,
+        scale=_SCALE,
+        aspect=_ASPECT,
+        max_class_area=_MAX_CLASS_AREA,
+        ignore_label=ignore_label,
+    )
+    if opencv is not None:
+        found[OPENCV] = opencv
     return found
 
 
@@ -143,13 +157,12 @@ def measure(
 
     Returns:
         A tree for JSON: how and where, and by kind of images and contender the processor time of
-        a sample (ms), samples per second of one core, and how many times detectron2's that is.
+        a sample (ms), samples per second of one core, how many times detectron2's that is, and
+        how many times its time ours takes.
     """
     torch.set_num_threads(1)
-    versions = {
-        name: importlib.metadata.version(name)
-        for name in ("pillow", "torchvision", *(["kornia-rs"] if reading.kornia_io else []))
-    }
+    packages = ("pillow", "torchvision", "kornia-rs", "opencv-python-headless")
+    versions = {name: importlib.metadata.version(name) for name in packages if installed(name)}
     found = note(device)
     found["versions"].update(versions)
     found["kinds"] = {}
@@ -165,12 +178,14 @@ def measure(
                     "ms": spread([1000 * t for t in times]),
                     "images_per_second": spread([1 / t for t in times]),
                     "times_detectron2": ratios(seconds[PEER], times),
+                    "times_ours": ratios(times, seconds[OURS]),
                 }
                 ratio = row["times_detectron2"]
                 say(
                     f"  {contender:28} {row['ms']['median']:7.1f} ms  "
                     f"{row['images_per_second']['median']:7.1f} images/s  "
-                    f"{ratio['median']:.2f} x detectron2 ({ratio['p10']:.2f}-{ratio['p90']:.2f})"
+                    f"{ratio['median']:.2f} x detectron2 ({ratio['p10']:.2f}-{ratio['p90']:.2f})  "
+                    f"{row['times_ours']['median']:.2f} x our time"
                 )
     return found
 

@@ -3,7 +3,8 @@
 On a CUDA device CUDA itself is asked. On a CPU nothing ever waits, so the operations that would
 wait on a GPU are counted as they are called: reading values (`item`, `tolist`, `bool(tensor)`, a
 copy to the host), and operations whose output size depends on values. What requires a gradient, or
-is computed from what does, would be on the GPU there; all else, such as labels, on the host.
+is computed from what does, would be on the GPU there; all else, such as labels, on the host. A copy
+to the host with `non_blocking=True` is no wait, nor is reading it later.
 """
 
 from __future__ import annotations
@@ -105,7 +106,8 @@ class HostReads(TorchFunctionMode):
         of_device = _has_device_tensors((args, kwargs))
         result = func(*args, **kwargs)
         if of_device and reads:
-            self.calls.append(name)
+            if not kwargs.get("non_blocking"):
+                self.calls.append(name)
             # On a CPU the copy is the tensor itself, which stays one of the device.
             return result.detach().clone() if isinstance(result, Tensor) else result
         if of_device:

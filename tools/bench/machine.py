@@ -249,7 +249,7 @@ def note(device: torch.device) -> dict[str, Any]:
         },
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages if _installed(name)},
+            **{name: importlib.metadata.version(name) for name in packages if installed(name)},
         },
     }
 
@@ -298,7 +298,8 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
+    """Whether a package is installed, by its name in the index."""
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

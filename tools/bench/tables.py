@@ -163,19 +163,21 @@ def _loading(found: Mapping[str, Any]) -> str:
     rows = []
     for name, kind in found["kinds"].items():
         for number, (contender, row) in enumerate(kind["contenders"].items()):
-            ratio = row["times_detectron2"]
+            peers, ours = (
+                f"{ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f})"
+                for ratio in (row["times_detectron2"], row["times_ours"])
+            )
             rows.append(
                 [
                     f"{name}, {kind['image_mb']:.2f} MB" if number == 0 else "",
                     contender,
                     f"{row['ms']['median']:.1f}",
                     f"{row['images_per_second']['median']:.1f}",
-                    ""
-                    if number == 0
-                    else f"{ratio['median']:.2f} ({ratio['p10']:.2f} to {ratio['p90']:.2f})",
+                    "" if number == 0 else peers,
+                    "" if contender == OURS else ours,
                 ]
             )
-    head = "images|who|ms of a sample|samples per second and core|times detectron2's"
+    head = "images|who|ms of a sample|samples per second and core|times detectron2's|times our ms"
     return _table(head.split("|"), rows)
 
 

@@ -1,5 +1,8 @@
-"""Positive-negative equal contrast, with the settings of its official code, on the map that the
-decoder classifies."""
+"""Positive-negative equal contrast (Wang et al., Neurocomputing 2023), on the map that the decoder
+classifies: `pne` with the values of its official code, random draws and a gate for maps of any
+size, `pne_release` as that code does it."""
+
+from copy import deepcopy
 
 from detectron2.config import LazyCall as L
 
@@ -10,3 +13,6 @@ pne = L(contrast.pne)(
     num_classes="${dataset.num_classes}",
     feature="pre_logits",
 )
+
+pne_release = deepcopy(pne)
+pne_release._target_ = contrast.pne_release

@@ -3,6 +3,7 @@
 # pyright: reportOptionalMemberAccess=false
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +18,11 @@ try:
 except ImportError:
     triton = tl = None
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if tl is not None:
+    INTERPRETED = tl.constexpr(INTERPRETED)  # what kernels read
 # Arguments that change in every step: no compilation per divisor.
-_SIZES = ("programs_at",)
+SIZES = ("programs_at", "work_at", "visits_at", "terms_at", "num_terms", "plane")
 
 
 def jit(function: Callable) -> Any:
@@ -26,7 +30,7 @@ def jit(function: Callable) -> Any:
     if triton is None:
         return function
     known = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[x for x in _SIZES if x in known])
+    return triton.jit(function, do_not_specialize=[x for x in SIZES if x in known])
 
 
 def is_interpreted() -> bool:

@@ -30,6 +30,10 @@ Written by `python tools/model_zoo.py` from [`results/`](results/README.md) and
 - **Published** is what a paper reports for the same row of its table, with another network, other
   data or another schedule, as the line above the table says. Compare it with its own column only:
   its steps from row to row are of interest, its level is not.
+- **ms_cs** and all other files with `ms_cs` in their names are ours: the paper's sampling with at
+  least 32 anchors of each class. `ms_cs_paper` is without that floor, `ms_cs_release` the official
+  code. **pixel** and **pixel_memory** have the paper's anchors, all pairs, and the official code's
+  weight.
 - Runs **on a CPU** are 1,500 iterations of a small network from scratch, on small crops. They are
   far from converged and speak of early training. Those on a GPU are the ones to rely on, where
   they are measured.

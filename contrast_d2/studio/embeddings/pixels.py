@@ -152,7 +152,7 @@ def collect_pixels(
     for number, sample in enumerate(samples):
         file_names.append(sample["file_name"])
         outputs = {name: tap(sample) for name, tap in taps.items()}
-        labels = _map_labels(sample["sem_seg"], _checked_sizes(outputs), ignore_label)
+        labels = _map_labels(sample["sem_seg"].long(), _checked_sizes(outputs), ignore_label)
         rng = np.random.default_rng([seed, number])
         keys = rng.random(labels.grid.size)
         classes = np.where(labels.grid == ignore_label, -1, labels.grid).reshape(-1)

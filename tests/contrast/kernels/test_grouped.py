@@ -8,7 +8,6 @@ Shape letters: A anchors, C contrast samples, D embedding width, N rows of a set
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -22,13 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contrast_d2.contrast import evaluate, grouped, info_nce
-from contrast_d2.contrast.grouped import grouped_info_nce, is_available, shapes
+from contrast_d2.contrast import evaluate, info_nce
+from contrast_d2.contrast.kernels import grouped, triton_tools
+from contrast_d2.contrast.kernels.grouped import grouped_info_nce, is_available, shapes
 from contrast_d2.contrast.sets import PixelSet
 from contrast_d2.contrast.terms import Side, Term
 
-from . import references
-from .rounding import largest_error, rounding
+from .. import references
+from ..rounding import largest_error, rounding
 
 pytestmark = [
     # The kernels compute all pairs and then choose; what overflows is never chosen.
@@ -163,14 +163,14 @@ QUICK = "small_sets or exactly_zero or in_place or changes_no_digit or two_width
 
 @pytest.mark.parametrize("chosen", [QUICK, pytest.param("", marks=pytest.mark.slow, id="all")])
 def test_with_the_interpreter(chosen: str) -> None:
-    if grouped.triton is None:
+    if triton_tools.triton is None:
         pytest.skip("needs Triton, which PyTorch brings with its wheels for CUDA")
     if RUNS_KERNELS:
         pytest.skip("the kernels run in this process")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, __file__],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
         capture_output=True,
         text=True,
     )
@@ -178,19 +178,18 @@ def test_with_the_interpreter(chosen: str) -> None:
     assert int(re.search(r"(\d+) passed", result.stdout).group(1)) >= 10, result.stdout
 
 
-def test_without_triton_nothing_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)  # an import of it fails
-    monkeypatch.delitem(sys.modules, "contrast_d2.contrast.grouped_kernels")
-    spec = importlib.util.spec_from_file_location(
-        "contrast_d2.contrast.without_triton", grouped.__file__
+def test_without_triton_nothing_is_available() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None; import torch;"
+        "from contrast_d2.contrast.kernels import gather, grouped, triton_tools;"
+        "x = torch.zeros(2, 3); "
+        "assert not triton_tools.is_usable(x) and not grouped.is_available(x, 0.1)"
     )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert not module.is_available(torch.zeros(2, 3, device=DEVICE), 0.1)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[3])
 
 
 def test_a_cpu_needs_the_interpreter() -> None:
-    if grouped.triton is None:
+    if triton_tools.triton is None:
         pytest.skip("needs Triton")
     assert is_available(torch.zeros(2, 3), 0.1) == INTERPRETED
 

@@ -14,62 +14,36 @@ first.
 # Kernels are written in Triton's language, whose types Python's checkers do not know.
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from typing import Any
-
-try:
-    # Of PyTorch's wheels, only those for CUDA bring it.
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = tl = None
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if tl is not None:
-    INTERPRETED = tl.constexpr(INTERPRETED)  # what kernels read
-
-
-def _jit(function: Callable) -> Any:
-    """`triton.jit`, for kernels whose sizes change in every step: no compilation per divisor.
-
-    Where there is no Triton nothing calls the kernels, and they stay plain functions.
-    """
-    if triton is None:
-        return function
-    sizes = ["work_at", "visits_at", "terms_at", "num_terms", "plane"]
-    known = function.__code__.co_varnames[: function.__code__.co_argcount]
-    return triton.jit(function, do_not_specialize=[size for size in sizes if size in known])
-
+from .triton_tools import INTERPRETED, jit, tl
 
 # ---- reading the table
 
 
-@_jit
+@jit
 def _integer(pointer):
     return tl.load(pointer).to(tl.int32)
 
 
-@_jit
+@jit
 def _number(pointer):
     """The fp32 number whose bits an entry holds."""
     return tl.load(pointer).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-@_jit
+@jit
 def _halves(pointer):
     """The pointer to rows of fp16 that an entry holds."""
     return tl.multiple_of(tl.load(pointer).to(tl.pointer_type(tl.float16)), 16)
 
 
-@_jit
+@jit
 def _set(table, index):
     """Of a set: pointers to both parts of its rows, and the last row of each."""
     entry = table + index * 10
     return _halves(entry), _halves(entry + 1), _integer(entry + 2), _integer(entry + 3)
 
 
-@_jit
+@jit
 def _tiles(work, visit):
     """First and last tile of a visit that fall to a program."""
     first = _integer(visit + 1)
@@ -80,7 +54,7 @@ def _tiles(work, visit):
 # ---- similarities and labels
 
 
-@_jit
+@jit
 def _reciprocal(x):
     """1 / x to the last bit or two, in one instruction: that of a division costs registers."""
     if INTERPRETED:
@@ -89,7 +63,7 @@ def _reciprocal(x):
     return tl.inline_asm_elementwise(assembly, "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
-@_jit
+@jit
 def _rows(pointer, last, start, first, R: tl.constexpr, WIDTH: tl.constexpr, PIECE: tl.constexpr):
     """(R, PIECE) elements from `first` on, of rows from `start` on; behind the last, the last."""
     start = tl.minimum(start, last)
@@ -99,7 +73,7 @@ def _rows(pointer, last, start, first, R: tl.constexpr, WIDTH: tl.constexpr, PIE
     return tl.load(block + rows[:, None] * WIDTH + tl.arange(0, PIECE)[None, :])
 
 
-@_jit
+@jit
 def _both_parts(
     rows,
     start,
@@ -117,7 +91,7 @@ def _both_parts(
     return high, low
 
 
-@_jit
+@jit
 def _products(x_high, x_low, y_high, y_low, products, SPLIT: tl.constexpr):
     """Adds the (R, Q) scalar products of rows to others."""
     if SPLIT:
@@ -126,7 +100,7 @@ def _products(x_high, x_low, y_high, y_low, products, SPLIT: tl.constexpr):
     return tl.dot(x_high, tl.trans(y_high), products)
 
 
-@_jit
+@jit
 def _cosines(
     rows,
     row_start,
@@ -147,7 +121,7 @@ def _cosines(
     return products
 
 
-@_jit
+@jit
 def _label_range(ranges, start, R: tl.constexpr):
     """Lowest and highest label of R rows; those that are none have -1."""
     place = ranges + start // 32 * 2
@@ -161,7 +135,7 @@ def _label_range(ranges, start, R: tl.constexpr):
 # ---- kernels
 
 
-@_jit
+@jit
 def pack(table, work_at, labels, ranges, WIDTH: tl.constexpr, SPLIT: tl.constexpr):
     """Copies 32 rows to fp16, with zeros for rows that are none, and their labels."""
     work = table + work_at + tl.program_id(0) * 2
@@ -194,7 +168,7 @@ def pack(table, work_at, labels, ranges, WIDTH: tl.constexpr, SPLIT: tl.constexp
             tl.store(_halves(entry + 1) + target, (values - high.to(tl.float32)).to(tl.float16))
 
 
-@_jit
+@jit
 def negatives(
     table,
     work_at,
@@ -243,7 +217,7 @@ def negatives(
     tl.store(sums + tl.load(work + 6) + tl.arange(0, R), total)
 
 
-@_jit
+@jit
 def positives(
     table,
     work_at,
@@ -321,7 +295,7 @@ def positives(
     tl.store(target + 2 * stride, number)
 
 
-@_jit
+@jit
 def coefficients(table, terms_at, sums, found_sums, weights, steepest, results, plane, num_terms):
     """Adds up the shares of each row of a term, and its rows.
 
@@ -372,7 +346,7 @@ def coefficients(table, terms_at, sums, found_sums, weights, steepest, results, 
     tl.store(steepest + number, tl.max(steep, axis=0))
 
 
-@_jit
+@jit
 def gradient(
     table,
     work_at,
@@ -478,7 +452,7 @@ def gradient(
     tl.store(gradients + target + elements, total * (biggest * (0.6931471805599453 / 4096.0)))
 
 
-@_jit
+@jit
 def add_up(table, work_at, labels, gradients, results, WIDTH: tl.constexpr):
     """Adds up the shares of the gradient of 32 rows; zeros for rows that are none."""
     work = table + work_at + tl.program_id(0) * 8

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .sets import KernelResult, PixelSet
+from ..sets import KernelResult, PixelSet
 
 # Rows and columns of a tile: large enough for full speed of the products, small enough for a tile
 # to stay in a core's cache while it is worked on.
@@ -262,15 +262,8 @@ def _find_positives(
 
 
 def _softplus_and_sigmoid(exponentials: Tensor) -> tuple[Tensor, Tensor]:
-    """log(1 + e) and e / (1 + e), elementwise; the second overwrites e.
-
-    The first is what log1p gives, to rounding and several times faster: what the sum lost of e is
-    added to the logarithm in first order.
-    """
-    total = exponentials + 1
-    lost = torch.sub(exponentials, total - 1).div_(total)
-    sigmoid = exponentials.div_(total)
-    return total.log_().add_(lost), sigmoid
+    """log(1 + e) and e / (1 + e), elementwise; the second overwrites e."""
+    return exponentials.log1p(), exponentials.div_(exponentials + 1)
 
 
 def _add_in_steps(

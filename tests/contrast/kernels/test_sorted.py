@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contrast_d2.contrast import PixelSet, info_nce, info_nce_sorted
-from contrast_d2.contrast.terms import masked_info_nce
+from contrast_d2.contrast import PixelSet, info_nce
+from contrast_d2.contrast.kernels import sorted as sorted_kernel
+from contrast_d2.contrast.kernels.masked import masked_info_nce
 
-from .rounding import largest_error, rounding
+from ..rounding import largest_error, rounding
 
 # Sizes of classes: small ones that share blocks, large ones that make up several, a class of one.
 CLASS_SIZES = {
@@ -38,12 +39,12 @@ TILES = {
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("_ROWS", "_COLUMNS", "_MIXED_ROWS", "_CACHE_BYTES")
     for name, value in zip(names, TILES[request.param], strict=True):
-        monkeypatch.setattr(info_nce_sorted, name, value)
-    monkeypatch.setattr(info_nce_sorted, "_WIDE_COLUMNS", TILES[request.param][1])
-    monkeypatch.setattr(info_nce_sorted, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(info_nce_sorted, "_TILE_ELEMENTS", 0)
-    monkeypatch.setattr(info_nce_sorted, "_FEW_ROWS", 0)
-    monkeypatch.setattr(info_nce_sorted, "_BLOCK_ELEMENTS", 500)
+        monkeypatch.setattr(sorted_kernel, name, value)
+    monkeypatch.setattr(sorted_kernel, "_WIDE_COLUMNS", TILES[request.param][1])
+    monkeypatch.setattr(sorted_kernel, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(sorted_kernel, "_TILE_ELEMENTS", 0)
+    monkeypatch.setattr(sorted_kernel, "_FEW_ROWS", 0)
+    monkeypatch.setattr(sorted_kernel, "_BLOCK_ELEMENTS", 500)
 
 
 def samples(sizes: list[int], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -80,7 +81,7 @@ def run_sorted(
     lead=False,
     temperature=0.1,
 ):
-    kernel = info_nce_sorted.sorted_info_nce
+    kernel = sorted_kernel.sorted_info_nce
     return run(kernel, anchors, labels, contrast, contrast_labels, counts, lead, temperature)
 
 
@@ -157,10 +158,10 @@ def test_cache_keeps_what_it_can_and_no_more(monkeypatch: pytest.MonkeyPatch) ->
         ("_WIDE_COLUMNS", 16),
         ("_FEW_ROWS", 0),
     ):
-        monkeypatch.setattr(info_nce_sorted, name, value)
+        monkeypatch.setattr(sorted_kernel, name, value)
     anchors, labels = samples([10] * 20)
     computed_again, places = [], []
-    again, place = info_nce_sorted._TileCache.again, info_nce_sorted._TileCache._buffer
+    again, place = sorted_kernel._TileCache.again, sorted_kernel._TileCache._buffer
 
     def count_again(self, tile):
         computed_again.append(tile)
@@ -171,12 +172,12 @@ def test_cache_keeps_what_it_can_and_no_more(monkeypatch: pytest.MonkeyPatch) ->
         places.append(memory is not None and memory.data_ptr())
         return memory
 
-    monkeypatch.setattr(info_nce_sorted._TileCache, "again", count_again)
-    monkeypatch.setattr(info_nce_sorted._TileCache, "_buffer", count_places)
+    monkeypatch.setattr(sorted_kernel._TileCache, "again", count_again)
+    monkeypatch.setattr(sorted_kernel._TileCache, "_buffer", count_places)
     results, again_of = {}, {}
     for cache_bytes in (1 << 20, 8 * 10 * 16 * 30, 0):
         computed_again.clear(), places.clear()
-        monkeypatch.setattr(info_nce_sorted, "_CACHE_BYTES", cache_bytes)
+        monkeypatch.setattr(sorted_kernel, "_CACHE_BYTES", cache_bytes)
         results[cache_bytes] = run_sorted(anchors, labels)
         assert len({p for p in places if p}) * 8 * 10 * 16 <= cache_bytes
         # Those without a place, and those that had to give theirs to one that waits less long.
@@ -200,16 +201,16 @@ def test_places_are_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
         ("_WIDE_COLUMNS", 10),
         ("_FEW_ROWS", 0),
     ):
-        monkeypatch.setattr(info_nce_sorted, name, value)
+        monkeypatch.setattr(sorted_kernel, name, value)
     taken = []
-    place = info_nce_sorted._TileCache._buffer
+    place = sorted_kernel._TileCache._buffer
 
     def count(self, stop):
         memory = place(self, stop)
         taken.append(memory.data_ptr())
         return memory
 
-    monkeypatch.setattr(info_nce_sorted._TileCache, "_buffer", count)
+    monkeypatch.setattr(sorted_kernel._TileCache, "_buffer", count)
     run_sorted(*samples([10] * 30))
     assert len(taken) == 30 * 29 // 2
     assert len(set(taken)) <= 0.56 * len(taken)
@@ -221,7 +222,7 @@ def test_the_error_is_that_of_rounding_where_it_is_chosen(temperature: float) ->
     signs = torch.where(torch.rand(400, 1) < 0.5, -1.0, 1.0)
     anchors = normalize(signs * torch.ones(1, 16) + 0.05 * torch.randn(400, 16), dim=1)
     labels = torch.randint(5, (400,))
-    assert info_nce_sorted.is_exact(temperature, len(anchors))
+    assert sorted_kernel.is_exact(temperature, len(anchors))
     exact = reference(anchors.double(), labels, temperature=temperature)
     ours = run_sorted(anchors, labels, temperature=temperature)
     for index in (0, 2):
@@ -234,21 +235,21 @@ def test_terms_that_point_the_same_way_are_summed_a_few_at_a_time(
     # The case that sorting makes worse: the positives of an anchor follow each other. Summed in one
     # product, they would cost digits, how many depends on the BLAS.
     steps: list[int] = []
-    add = info_nce_sorted._add_in_steps
+    add = sorted_kernel._add_in_steps
 
     def record(target, weights, factor, step, scale=1.0) -> None:
         with _Products() as products:
             add(target, weights, factor, step, scale)
         steps.append(max(products.terms))
 
-    monkeypatch.setattr(info_nce_sorted, "_add_in_steps", record)
+    monkeypatch.setattr(sorted_kernel, "_add_in_steps", record)
     for sizes in ([300, 300], [900, 10], [90] * 7):
         anchors, labels = samples(sizes)
         run_sorted(anchors, labels, counts=(sizes, None))
-        assert max(steps) == info_nce_sorted._OWN_STEP
+        assert max(steps) == sorted_kernel._OWN_STEP
         steps.clear()
         run_sorted(anchors, labels, *samples(sizes))
-        assert max(steps) == info_nce_sorted._SET_STEP
+        assert max(steps) == sorted_kernel._SET_STEP
         steps.clear()
 
 
@@ -278,7 +279,7 @@ def test_small_losses_keep_their_digits() -> None:
     ("temperature", "chosen"), [(0.1, True), (0.03, True), (0.02, False), (0.01, False)]
 )
 def test_low_temperatures_go_to_the_kernel_with_a_shift(temperature: float, chosen: bool) -> None:
-    assert info_nce_sorted.is_exact(temperature, 10_000) == chosen
+    assert sorted_kernel.is_exact(temperature, 10_000) == chosen
 
 
 def test_chosen_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

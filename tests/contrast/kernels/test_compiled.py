@@ -10,8 +10,8 @@ import re
 
 import pytest
 
-from contrast_d2.contrast import grouped
-from contrast_d2.contrast.grouped import Variant, variants
+from contrast_d2.contrast.kernels import grouped
+from contrast_d2.contrast.kernels.grouped import Variant, variants
 
 pytest.importorskip("triton", "3.4", reason="compiles through Triton's internal interface")
 

@@ -32,12 +32,12 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import grouped_kernels as kernels
-from .grouped_kernels import triton
-from .sets import PixelSet, refuse_second_derivative
+from ..sets import PixelSet, refuse_second_derivative
+from . import grouped_triton as kernels
+from .triton_tools import is_usable
 
 if TYPE_CHECKING:
-    from .terms import Side, Term
+    from ..terms import Side, Term
 
 # Sets begin at multiples of this, which every block and tile divides.
 _ALIGN = 128
@@ -170,26 +170,12 @@ def variants(capability: tuple[int, int]) -> list[Variant]:
 def is_available(embeddings: Tensor, temperature: float) -> bool:
     """Whether `grouped_info_nce` can take such anchors, with what they are contrasted with.
 
-    It needs Triton 3 and an NVIDIA GPU of the Ampere generation or later. With TRITON_INTERPRET=1
-    in the environment when Triton is first imported, its interpreter takes tensors of any device.
-
     Args:
         embeddings: (A, D), of any A.
         temperature: of the term.
     """
-    if triton is None or int(triton.__version__.split(".")[0]) < 3:
-        return False
-    if embeddings.dtype == torch.float64 or not 1 <= embeddings.shape[1] <= _MAX_WIDTH:
-        return False
-    if temperature < _MIN_TEMPERATURE:
-        return False
-    if _is_interpreted():
-        return True
-    return (
-        embeddings.is_cuda
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(embeddings.device) >= (8, 0)
-    )
+    narrow = 1 <= embeddings.shape[1] <= _MAX_WIDTH
+    return narrow and temperature >= _MIN_TEMPERATURE and is_usable(embeddings)
 
 
 def grouped_info_nce(
@@ -614,7 +600,3 @@ class _Run:
 
 def _empty(device: torch.device, size: tuple[int, ...], dtype: torch.dtype = torch.float32):
     return torch.empty(size, dtype=dtype, device=device)
-
-
-def _is_interpreted() -> bool:
-    return not isinstance(kernels.negatives, triton.JITFunction)
