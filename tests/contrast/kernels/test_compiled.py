@@ -15,7 +15,7 @@ from contrast_d2.contrast.kernels.grouped import Variant, variants
 
 pytest.importorskip("triton", "3.4", reason="compiles through Triton's internal interface")
 
-from bench.compiled import Compiled, compile_variant
+from bench.compiled import Compiled, compile_kernel, compile_variant, gather_variants, name_of
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1", reason="what is interpreted cannot be compiled"
@@ -35,9 +35,8 @@ def _cache(tmp_path_factory: pytest.TempPathFactory):
         yield
 
 
-def check(variant: Variant, capability: int) -> None:
-    """No register is spilled, the memory suffices, and no instruction has got lost."""
-    found = compile_variant(variant, capability)
+def check_limits(found: Compiled, capability: int) -> None:
+    """No register is spilled, and the memory suffices."""
     assert found.shared <= SHARED[capability]
     if not found.sass:
         pytest.skip(
@@ -45,7 +44,13 @@ def check(variant: Variant, capability: int) -> None:
         )
     assert found.stack == 0
     assert 0 < found.registers <= 255
-    assert found.count(r"\b(LDL|STL)\b") == 0
+    assert found.spills == 0
+
+
+def check(variant: Variant, capability: int) -> None:
+    """As `check_limits`, and no instruction has got lost."""
+    found = compile_variant(variant, capability)
+    check_limits(found, capability)
     if variant.shape is None:
         return
     assert found.count(PRODUCTS[capability]) > 0
@@ -70,11 +75,6 @@ def expected_tiles(variant: Variant) -> set[tuple[int, int]]:
     return {similarities, (64, variant.shape.out)}
 
 
-def name(variant: Variant) -> str:
-    parts = [variant.kernel, variant.width, "split" if variant.split else "single"]
-    return "-".join(map(str, [*parts, *(variant.shape or ())]))
-
-
 # The widest default, and the kernel that has the fewest registers to spare.
 @pytest.mark.parametrize("split", [False, True], ids=["single", "split"])
 def test_the_gradient_of_the_usual_width_on_hopper(split: bool) -> None:
@@ -88,5 +88,23 @@ def test_every_variant(capability: int, subtests: pytest.Subtests) -> None:
     everything = variants(divmod(capability, 10))
     assert len({variant.kernel for variant in everything}) == 6
     for variant in everything:
-        with subtests.test(name(variant)):
+        with subtests.test(name_of(variant)):
             check(variant, capability)
+
+
+# Of every dtype; the slow test has the rest.
+@pytest.mark.parametrize(
+    "kernel", ["read_rows-0-True", "read_rows-1-False", "write_rows-2-True-True"]
+)
+def test_reading_and_writing_pixels_on_hopper(kernel: str) -> None:
+    check_limits(compile_kernel(*gather_variants()[kernel], 90), 90)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_reading_and_writing_pixels(capability: int, subtests: pytest.Subtests) -> None:
+    everything = gather_variants()
+    assert len(everything) == 3 * 2 * 3
+    for name, (kernel, constants) in everything.items():
+        with subtests.test(name):
+            check_limits(compile_kernel(kernel, constants, capability), capability)
