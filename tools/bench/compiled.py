@@ -106,7 +106,7 @@ def compile_kernel(
         target=GPUTarget("cuda", capability, 32),
         options=dict(options),
     )
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    tools = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(result.asm["cubin"])
         file.flush()
