@@ -80,7 +80,7 @@ def compile_kernel(
     capability: int,
     options: Mapping[str, int] = MappingProxyType({}),
 ) -> Compiled:
-    """Compiles a kernel.
+    """Compiles a kernel as a launch does, which takes it from Triton's cache afterwards.
 
     Args:
         kernel: as `triton.jit` makes it.
@@ -96,6 +96,7 @@ def compile_kernel(
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name], values[(index,)] = "constexpr", constants[name]
+            attributes[(index,)] = []  # as at a launch, which then finds this in the cache
         elif name in SIZES:
             signature[name] = "i32"
         else:

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from contrast_d2.contrast.kernels import grouped
+from contrast_d2.contrast.kernels import gather, grouped
 from contrast_d2.contrast.kernels.grouped import Variant, variants
+from contrast_d2.contrast.sets import PixelDraw, PixelSet
+from contrast_d2.contrast.terms import Side, Term
 
-pytest.importorskip("triton", "3.4", reason="compiles through Triton's internal interface")
+triton = pytest.importorskip("triton", "3.4", reason="compiles through Triton's internal interface")
 
+# ruff: noqa: E402
 from bench.compiled import Compiled, compile_kernel, compile_variant, gather_variants, name_of
 
 pytestmark = pytest.mark.skipif(
@@ -31,8 +39,9 @@ PRODUCTS = {80: r"\bHMMA\.16816", 90: r"\bHGMMA\.", 100: r"\bUTC\w*MMA"}
 def _cache(tmp_path_factory: pytest.TempPathFactory):
     """Nothing that was compiled before is taken."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
+        folder = tmp_path_factory.mktemp("triton")
+        patch.setenv("TRITON_CACHE_DIR", str(folder))
+        yield folder
 
 
 def check_limits(found: Compiled, capability: int) -> None:
@@ -90,6 +99,54 @@ def test_every_variant(capability: int, subtests: pytest.Subtests) -> None:
     for variant in everything:
         with subtests.test(name_of(variant)):
             check(variant, capability)
+
+
+class Hopper:
+    """In place of Triton's driver: a GPU that is not here, on which nothing is launched."""
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are tested as such")
+def test_a_launch_finds_what_was_compiled(
+    monkeypatch: pytest.MonkeyPatch, _cache: Path, subtests: pytest.Subtests
+) -> None:
+    """The arguments of a real step are those that the tests above compile for."""
+    launched = []
+
+    def launch(kernel: Any, grid: tuple[int, ...], table: Tensor, *rest: Any, **given: Any) -> None:
+        name = kernel.fn.__name__
+        launched.append(name)
+        constants = {x: given[x] for x in given if x in kernel.arg_names}
+        options = {x: given[x] for x in given if x not in constants}
+        compile_kernel(kernel, constants, 90, options)
+        before = set(_cache.iterdir())
+        kernel.warmup(table, *rest, grid=grid, **given)
+        with subtests.test(name):
+            assert set(_cache.iterdir()) == before
+
+    for module in (gather, grouped):
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(gather, "is_usable", lambda *_: True)
+    rows = F.normalize(torch.randn(70, 64), dim=1).requires_grad_()
+    anchors = PixelSet(rows, torch.arange(70) // 20)
+    term = Term("a", anchors, [Side(anchors)], 0.1)
+    maps = torch.randn(1, 8, 4, 4, requires_grad=True)
+    first = torch.arange(3)
+    draw = PixelDraw(torch.zeros_like(first), first, first, None)
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+    ((total, _),) = grouped.grouped_info_nce([term], [term.contrast])
+    torch.autograd.grad(total, rows, torch.ones(()))
+    (drawn,) = gather.gather_draws([maps], [[draw]], normalize=True)
+    drawn.sum().backward()
+    assert len(launched) == 8
 
 
 # Of every dtype; the slow test has the rest.
