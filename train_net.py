@@ -51,9 +51,11 @@ from contrast_d2.engine import (
     last_checkpoint,
     load_config,
     load_trained,
+    make_folder,
     one_line_errors,
     open_log,
     open_writers,
+    owned,
     run_process,
     save_inference_weights,
     tell_failure,
@@ -146,26 +148,34 @@ def ddp_options(cfg: DictConfig) -> dict[str, Any]:
     return {**cfg.train.ddp} if on_gpu else {**cfg.train.ddp, "device_ids": None}
 
 
-def setup(args: argparse.Namespace) -> DictConfig:
-    """Reads and checks the config, opens the log in the output folder, seeds."""
+def read(args: argparse.Namespace) -> DictConfig:
+    """Reads and checks the config, and makes its folder."""
     import_modules(args.imports)  # a process that was spawned knows none of them yet
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg, training=not args.eval_only)
+    make_folder(cfg.train.output_dir)
+    return cfg
+
+
+def set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """Opens the log in the output folder, seeds."""
     open_log(cfg.train.output_dir, args)
     torch.manual_seed(cfg.train.seed)
     torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark and not args.eval_only
     if cfg.train.deterministic:
         compute_deterministically()
-    return cfg
 
 
 def main(args: argparse.Namespace) -> None:
     """One process of a job."""
     with one_line_errors():
-        cfg = setup(args)
+        cfg = read(args)
         if args.eval_only:
+            set_up(cfg, args)
             do_test(cfg)
-        else:
+            return
+        with owned(cfg.train.output_dir):
+            set_up(cfg, args)
             do_train(cfg, resume=args.resume)
 
 

@@ -7,7 +7,8 @@ from .checks import check_classes, check_config, check_crop, one_line_errors
 from .determinism import compute_deterministically
 from .hooks import BestCheckpointer, MetricsWriter, PeriodicCheckpointer, WeightAverage
 from .launch import check_launch, join_torchrun, run_process, tell_failure, under_torchrun
-from .record import begin_run, open_log, save_inference_weights
+from .ownership import owned
+from .record import begin_run, make_folder, open_log, save_inference_weights
 from .trainer import NonFiniteLossError, Trainer
 from .writers import open_writers
 
@@ -36,8 +37,10 @@ __all__ = [
     "load_config",
     "load_trained",
     "one_line_errors",
+    "make_folder",
     "open_log",
     "open_writers",
+    "owned",
     "run_process",
     "save_inference_weights",
     "tell_failure",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import importlib.metadata
 import json
 import logging
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -32,16 +32,17 @@ from .checkpoint import check_finite, training_checkpoints
 
 logger = logging.getLogger(__name__)
 
+# What a killed run left under temporary names, and nobody else.
+_OF_A_KILLED_RUN = re.compile(
+    r"(model_(\d{7}|final|best|inference)\.pth|last_checkpoint|metrics\.json|run\.json)\.\d+\.tmp"
+)
 
-def open_log(output_dir: str, args: argparse.Namespace) -> None:
-    """Makes the folder of a run, and opens and begins the log in it.
 
-    detectron2's `default_setup` also overwrites the folder's config.yaml, which here waits until
-    everything that can be wrong with an experiment has been checked: see `begin_run`.
+def make_folder(output_dir: str) -> None:
+    """Makes the folder of a run.
 
     Args:
         output_dir: `train.output_dir`.
-        args: of the command line.
 
     Raises:
         ValueError: the folder cannot be made, or cannot be written to.
@@ -56,6 +57,18 @@ def open_log(output_dir: str, args: argparse.Namespace) -> None:
                 f"train.output_dir={output_dir} cannot be written: name a folder of your own."
             )
     comm.synchronize()
+
+
+def open_log(output_dir: str, args: argparse.Namespace) -> None:
+    """Opens and begins the log in the folder of a run.
+
+    detectron2's `default_setup` also overwrites the folder's config.yaml, which here waits until
+    everything that can be wrong with an experiment has been checked: see `begin_run`.
+
+    Args:
+        output_dir: `train.output_dir`, which exists.
+        args: of the command line.
+    """
     rank = comm.get_rank()
     # Lines that do not fit on a full disk are lost; their tracebacks would hide the error's own.
     logging.raiseExceptions = False
@@ -79,9 +92,10 @@ def begin_run(cfg: DictConfig, *, resumed: bool) -> None:
         resumed: whether the training continues one of this folder.
     """
     output_dir = cfg.train.output_dir
-    # What a killed run left under temporary names.
-    for path in glob.glob(os.path.join(glob.escape(output_dir), "*.tmp")):
-        os.unlink(path)
+    for name in os.listdir(output_dir):
+        path = os.path.join(output_dir, name)
+        if _OF_A_KILLED_RUN.fullmatch(name) and os.path.isfile(path):
+            os.unlink(path)
     if not resumed:
         _put_earlier_run_aside(output_dir)
     with stop_when_disk_is_full(output_dir):
