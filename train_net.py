@@ -44,6 +44,7 @@ from contrast_d2.engine import (
     check_config,
     check_crop,
     check_launch,
+    check_same_experiment,
     compute_deterministically,
     find_resumable,
     import_modules,
@@ -56,6 +57,7 @@ from contrast_d2.engine import (
     open_log,
     open_writers,
     owned,
+    plain_config,
     run_process,
     save_inference_weights,
     tell_failure,
@@ -78,6 +80,8 @@ def do_train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     # What can be wrong with an experiment is wrong in these lines, before anything is written.
     evaluate = build_evaluation(cfg)
     last = find_resumable(output_dir) if resume else ""
+    if last:
+        check_same_experiment(cfg, last)
     model = build_model(cfg, starting_weights=not last)
     check_crop(cfg, model)
     data_loader = instantiate(cfg.dataloader.train)
@@ -91,7 +95,11 @@ def do_train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
         clip_norm=options.clip_norm,
     )
     checkpointer = Checkpointer(
-        model, output_dir, allow_pickle=options.allow_pickle, trainer=trainer
+        model,
+        output_dir,
+        allow_pickle=options.allow_pickle,
+        config=plain_config(cfg),
+        trainer=trainer,
     )
     average = None if options.ema_decay is None else WeightAverage(model, options.ema_decay)
     averaged = nullcontext if average is None else average.applied
@@ -133,7 +141,7 @@ def do_train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
 
     logger.info("Model:\n%s", model)
     if is_main:
-        begin_run(cfg, resumed=bool(last))
+        begin_run(cfg, start)
     comm.synchronize()
     trainer.train(start, options.max_iter)
     if is_main:

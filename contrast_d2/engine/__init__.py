@@ -5,6 +5,7 @@ from .build import build_evaluation, build_model, build_optimizer, load_trained
 from .checkpoint import Checkpointer, find_resumable, last_checkpoint
 from .checks import check_classes, check_config, check_crop, one_line_errors
 from .determinism import compute_deterministically
+from .experiment import check_same_experiment, plain_config
 from .hooks import BestCheckpointer, MetricsWriter, PeriodicCheckpointer, WeightAverage
 from .launch import check_launch, join_torchrun, run_process, tell_failure, under_torchrun
 from .ownership import owned
@@ -29,6 +30,7 @@ __all__ = [
     "check_config",
     "check_crop",
     "check_launch",
+    "check_same_experiment",
     "compute_deterministically",
     "find_resumable",
     "import_modules",
@@ -41,6 +43,7 @@ __all__ = [
     "open_log",
     "open_writers",
     "owned",
+    "plain_config",
     "run_process",
     "save_inference_weights",
     "tell_failure",

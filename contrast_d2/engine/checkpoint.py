@@ -118,6 +118,7 @@ class Checkpointer(DetectionCheckpointer):
         model, save_dir, save_to_disk, checkpointables: as detectron2's.
         allow_pickle: read `.pkl` files too, detectron2's ImageNet weights among them. Reading one
             runs whatever code it holds.
+        config: of the experiment, plain values by key, which becomes a part of each file.
     """
 
     def __init__(
@@ -127,10 +128,12 @@ class Checkpointer(DetectionCheckpointer):
         *,
         save_to_disk: bool | None = None,
         allow_pickle: bool = False,
+        config: Mapping[str, Any] | None = None,
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._allow_pickle = allow_pickle
+        self._config = {} if config is None else {"config": dict(config)}
 
     def check_file(self, path: str) -> None:
         """Refuses a checkpoint file that cannot be loaded, before any work is done for it.
@@ -267,7 +270,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict(), **extra}
+        data = {"model": self.model.state_dict(), **self._config, **extra}
         for key, checkpointable in self.checkpointables.items():
             data[key] = checkpointable.state_dict()
         check_finite(data["model"], name)

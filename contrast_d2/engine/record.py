@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import detectron2
 import timm
@@ -84,24 +85,23 @@ def open_log(output_dir: str, args: argparse.Namespace) -> None:
     logger.info("Command line: %s", args)
 
 
-def begin_run(cfg: DictConfig, *, resumed: bool) -> None:
+def begin_run(cfg: DictConfig, start: int) -> None:
     """Prepares the folder for a training: config.yaml, run.json, nothing of an earlier run.
 
     Args:
         cfg: whole config.
-        resumed: whether the training continues one of this folder.
+        start: the first iteration; above 0 the training continues one of this folder.
     """
     output_dir = cfg.train.output_dir
     for name in os.listdir(output_dir):
         path = os.path.join(output_dir, name)
         if _OF_A_KILLED_RUN.fullmatch(name) and os.path.isfile(path):
             os.unlink(path)
-    if not resumed:
+    if not start:
         _put_earlier_run_aside(output_dir)
     with stop_when_disk_is_full(output_dir):
         LazyConfig.save(cfg, os.path.join(output_dir, "config.yaml"))
-        if not resumed:
-            record_run(output_dir)
+    record_run(output_dir, start)
 
 
 def save_inference_weights(model: nn.Module, output_dir: str) -> None:
@@ -113,14 +113,16 @@ def save_inference_weights(model: nn.Module, output_dir: str) -> None:
     logger.info("Weights without the contrast method: %s", path)
 
 
-def record_run(output_dir: str) -> None:
+def record_run(output_dir: str, start: int = 0) -> None:
     """Writes `run.json`: the command, the commit, the versions and the machine of a run.
 
     Args:
         output_dir: folder of the run, which exists.
+        start: the first iteration; above 0 the note is added to the "restarts" of the one that is
+            there.
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    note = {
+    note: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "contrast_d2": __version__,
         "commit": commit_of(Path(__file__)),
@@ -132,7 +134,12 @@ def record_run(output_dir: str) -> None:
         "processes": comm.get_world_size(),
         "threads": torch.get_num_threads(),
     }
-    Path(output_dir, "run.json").write_text(json.dumps(note, indent=2) + "\n")
+    path = os.path.join(output_dir, "run.json")
+    if start and os.path.exists(path):
+        first = json.loads(Path(path).read_text())
+        first["restarts"] = [*first.get("restarts", []), {"iteration": start, **note}]
+        note = first
+    write_durably(path, lambda file: file.write((json.dumps(note, indent=2) + "\n").encode()))
 
 
 def detectron2_version() -> str:

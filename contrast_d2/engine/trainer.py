@@ -368,7 +368,14 @@ class Trainer(TrainerBase):
                 "train.amp.dtype=fp16, whose loss scaler is part of its state: resume so."
             )
         super().load_state_dict(state_dict)
+        # Learning rates and the like are those of the config, which may have changed on purpose.
+        settings = [
+            {name: x for name, x in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(ours, initial_lr=ours["lr"])
         # Fused kernels take tensors of one layout, and that of the checkpoint may be another one.
         for p, state in self.optimizer.state.items():
             for name, x in state.items():

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from contrast_d2.engine import ownership, owned
+from contrast_d2.engine import owned, ownership
 from contrast_d2.engine.record import begin_run
 
 from ..tiny import SMALL_NETWORK
@@ -179,6 +179,6 @@ def test_temporary_files_of_others_are_left_alone(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     (tmp_path / "model_final.pth.5.tmp").mkdir()
     cfg = OmegaConf.create({"train": {"output_dir": str(tmp_path)}})
-    begin_run(cfg, resumed=True)
+    begin_run(cfg, start=1)
     left = {path.name for path in tmp_path.glob("*.tmp")}
     assert left == {*others, "model_final.pth.5.tmp"}
