@@ -10,6 +10,7 @@ machines, and torchrun: docs/distributed.md.
 
 import argparse
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -30,8 +31,11 @@ from omegaconf import DictConfig
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from contrast_d2.engine import (
+    STOPPED,
+    AfterCheckpoint,
     BestCheckpointer,
     Checkpointer,
+    DispensableWriter,
     MetricsWriter,
     PeriodicCheckpointer,
     Trainer,
@@ -43,7 +47,9 @@ from contrast_d2.engine import (
     build_optimizer,
     check_config,
     check_crop,
+    check_labels,
     check_launch,
+    check_ranges,
     check_same_experiment,
     compute_deterministically,
     find_resumable,
@@ -57,9 +63,11 @@ from contrast_d2.engine import (
     open_log,
     open_writers,
     owned,
+    passing_on_signals,
     plain_config,
     run_process,
     save_inference_weights,
+    stopping_on_signals,
     tell_failure,
     under_torchrun,
 )
@@ -78,12 +86,13 @@ def do_train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     """Trains, evaluates, and leaves checkpoints and metrics in `train.output_dir`."""
     options, output_dir = cfg.train, cfg.train.output_dir
     # What can be wrong with an experiment is wrong in these lines, before anything is written.
-    evaluate = build_evaluation(cfg)
+    evaluate = build_evaluation(cfg, training=True)
     last = find_resumable(output_dir) if resume else ""
     if last:
         check_same_experiment(cfg, last)
     model = build_model(cfg, starting_weights=not last)
     check_crop(cfg, model)
+    check_labels(cfg)
     data_loader = instantiate(cfg.dataloader.train)
     trainer = Trainer(
         create_ddp_model(model, **ddp_options(cfg)),
@@ -104,31 +113,42 @@ def do_train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     average = None if options.ema_decay is None else WeightAverage(model, options.ema_decay)
     averaged = nullcontext if average is None else average.applied
     results: dict[str, Any] = {}
+    failures: list[str] = []  # of the last evaluation
 
     def test() -> dict[str, Any]:
         trainer.catch_up()
-        with averaged():
-            results.update(evaluate(model))
+        results.clear()
+        failures.clear()
+        try:
+            with averaged():
+                results.update(evaluate(model))
+        except FloatingPointError:  # of the weights themselves
+            raise
+        except Exception as error:
+            logger.warning("the evaluation failed, and the training goes on: %s", error)
+            logger.debug("it failed by:", exc_info=True)
+            failures.append(str(error))
         return results
 
     def writers() -> list[Any]:
         # Trackers come before TensorBoard, which takes the pictures out of the storage.
         trackers = open_writers(options.writers, output_dir, resumed=bool(last))
-        return [*trackers, *default_writers(output_dir, options.max_iter)]
+        *own, tensorboard = default_writers(output_dir, options.max_iter)
+        return [*map(DispensableWriter, trackers), *own, DispensableWriter(tensorboard)]
 
     is_main = comm.is_main_process()
-    # A checkpoint comes last: the evaluation, the choice of the best and the metrics of its
-    # iteration are done by then, and what follows it has not happened for a run that resumes.
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             average,
+            instantiate(options.dashboard) if is_main else None,
+            PeriodicCheckpointer(checkpointer, **options.checkpointer) if is_main else None,
+            # What follows cannot cost training: a run that resumes makes up for it.
+            AfterCheckpoint(),
             hooks.EvalHook(options.eval_period, test),
             BestCheckpointer(checkpointer, options.best_metric, options.eval_period, averaged),
-            instantiate(options.dashboard) if is_main else None,
             MetricsWriter(writers if is_main else list, options.log_period, output_dir),
-            PeriodicCheckpointer(checkpointer, **options.checkpointer) if is_main else None,
         ]
     )
     start = 0
@@ -143,10 +163,16 @@ def do_train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     if is_main:
         begin_run(cfg, start)
     comm.synchronize()
-    trainer.train(start, options.max_iter)
+    with stopping_on_signals(trainer.request_stop):
+        trainer.train(start, options.max_iter)
     if is_main:
         with averaged():
             save_inference_weights(model, output_dir)
+    if failures:
+        raise ValueError(
+            f"the training is complete and its weights are saved, but the last evaluation failed: "
+            f"{failures[0]} When that is put right, run the command with --eval-only."
+        )
     return results
 
 
@@ -192,17 +218,21 @@ def start(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, 
     if under_torchrun():
         join_torchrun(main, args, timeout=timeout)
         return
+    several = args.num_gpus * args.num_machines > 1
     try:
-        launch(
-            run_process,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(main, args),
-            timeout=timeout,
-        )
-    except (ProcessExitedException, ProcessRaisedException) as error:
+        with passing_on_signals() if several else nullcontext():
+            launch(
+                run_process,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args),
+                timeout=timeout,
+            )
+    except ProcessExitedException as error:
+        sys.exit(STOPPED if error.exit_code == STOPPED else tell_failure(error))
+    except ProcessRaisedException as error:
         sys.exit(tell_failure(error))
 
 
@@ -212,7 +242,11 @@ def run() -> None:
         check_launch(args)
         import_modules(args.imports)
         cfg = load_config(args.config_file, args.opts)
-    start(main, args, timedelta(minutes=cfg.train.timeout_minutes))
+        check_ranges(cfg)
+    try:
+        start(main, args, timedelta(minutes=cfg.train.timeout_minutes))
+    except KeyboardInterrupt:  # before the training, or the second one
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
