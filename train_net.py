@@ -23,6 +23,7 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=Futur
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
 
 # ruff: noqa: E402
+import contrast_d2  # noqa: F401  # isort: skip  (which says how torch's threads are to wait)
 import torch
 from detectron2.config import instantiate
 from detectron2.engine import create_ddp_model, default_writers, hooks, launch

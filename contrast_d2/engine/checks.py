@@ -70,6 +70,11 @@ def check_config(cfg: DictConfig, *, training: bool) -> None:
     check_classes(cfg)
     if training:
         check_writers(cfg.train.writers)
+        changes = cfg.train.resume_changes
+        if isinstance(changes, str):
+            raise ValueError(
+                f"train.resume_changes={changes}: give a list, train.resume_changes=[{changes}]."
+            )
 
 
 def check_ranges(cfg: DictConfig) -> None:
