@@ -223,6 +223,38 @@ def test_a_run_stops_on_request_and_goes_on(
     assert without_times(whole_run) == without_times(tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("whose", ["getpid", "getppid"])
+def test_two_processes_stop_together(whose: str, tmp_path: Path) -> None:
+    """Where the signal goes to the second of them, and where it goes to their launcher."""
+    module = tmp_path / "gets_signal.py"
+    module.write_text(
+        f"""
+import os, signal
+from detectron2.utils import comm
+from contrast_d2.engine import Trainer
+
+run_step = Trainer.run_step
+
+def get_signal(self):
+    if self.iter == 2 and comm.get_rank() == 1:
+        os.kill(os.{whose}(), signal.SIGTERM)
+    run_step(self)
+
+Trainer.run_step = get_signal
+"""
+    )
+    folder = tmp_path / "run"
+    flags = ("--num-gpus", "2", "--import", str(module))
+    # No step of 100 is the last before the signal arrives.
+    settings = [*SMALL, "train.max_iter=100", "train.eval_period=0", f"train.output_dir={folder}"]
+    result = run("--config-file", CONFIG, *flags, *settings)
+    assert result.returncode == STOPPED, result.stderr[-3000:]
+    assert "Traceback" not in result.stdout + result.stderr
+    last = folder / (folder / "last_checkpoint").read_text()
+    assert load(last)["trainer"]["iteration"] >= 2
+
+
 def test_a_kill_in_an_evaluation_costs_no_step(whole_run: Path, tmp_path: Path) -> None:
     kill(tmp_path, "evaluation", 3)
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"

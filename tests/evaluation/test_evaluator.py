@@ -345,3 +345,11 @@ def test_counts_stay_on_the_device(make_dataset):
     evaluator.process(records[:1], [{"sem_seg": outputs[0].cuda()}])
     confusion = evaluator._confusion
     assert (confusion.device.type, confusion.dtype) == ("cuda", torch.int64)
+
+
+def test_names_that_look_like_formulas_are_drawn(tmp_path: Path) -> None:
+    names = ["$\\frac$", "a$b_c$", "line\nbreak"]
+    write_confusion_picture(torch.eye(3), names, str(tmp_path / "confusion.png"))
+    assert (tmp_path / "confusion.png").stat().st_size > 0
+    figure = plot_confusion(torch.eye(3), names)
+    assert not any(label.get_parse_math() for label in figure.axes[0].get_xticklabels())
