@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import matplotlib
 
 
-def literal_text() -> AbstractContextManager[Any]:
+@contextmanager
+def literal_text() -> Iterator[None]:
     """Has figures that are made and drawn inside show names as they are, also as a decorator.
 
     matplotlib would take what stands between two dollar signs for a formula.
     """
-    return matplotlib.rc_context({"text.parse_math": False})
+    with matplotlib.rc_context({"text.parse_math": False}):
+        yield

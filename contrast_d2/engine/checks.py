@@ -187,8 +187,8 @@ def check_crop(cfg: DictConfig, model: nn.Module) -> None:
         )
     total = OmegaConf.select(cfg, "dataloader.train.total_batch_size")
     batch = (total or 0) // (cfg.train.accumulation_steps * comm.get_world_size())
-    is_pixel = crop_size is not None and max(crop_size) <= strides[coarsest]
-    if batch == 1 and is_pixel and any(isinstance(x, _BatchNorm) for x in model.modules()):
+    has_norm = any(isinstance(x, _BatchNorm) for x in model.modules())
+    if crop_size is not None and max(crop_size) <= strides[coarsest] and batch == 1 and has_norm:
         raise ValueError(
             f"dataloader.train.total_batch_size={total} with crop_size={list(crop_size)}: a batch "
             f"is one image, of which {coarsest} has one pixel, and batch norm has no statistics of "
