@@ -4,6 +4,9 @@ PYTHON ?= python3
 ARGS ?=
 
 VENV := .venv
+# As the package sets it, for tools that import torch before it.
+OMP_WAIT_POLICY ?= passive
+export OMP_WAIT_POLICY
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 READY := $(VENV)/.ready
@@ -31,7 +34,7 @@ setup: $(READY)
 # .ready exists only after a complete set-up. .busy is there while one runs: when it is found, the
 # last one was killed, may have left half a package behind, and the environment is made anew. After
 # a step that merely failed (no network, say) the environment is sound and is built upon.
-$(READY): pyproject.toml requirements/pinned.txt requirements/unresolved.txt \
+$(READY): pyproject.toml requirements/locked.txt requirements/unresolved.txt \
 		tools/install_detectron2.py
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("contrast_d2: the pinned \
 	packages need Python 3.11 or newer and %s is %d.%d; choose another with make PYTHON=..." \
@@ -41,8 +44,8 @@ $(READY): pyproject.toml requirements/pinned.txt requirements/unresolved.txt \
 	@if [ -e $(BUSY) ]; then clear=--clear; fi; \
 	mkdir -p $(VENV) && touch $(BUSY) && \
 	{ $(PYTHON) -m venv $$clear $(VENV) && touch $(BUSY) && \
-	  $(PIP) install -r requirements/pinned.txt && \
-	  $(PIP) install --no-deps -r requirements/unresolved.txt && \
+	  $(PIP) install --require-hashes -r requirements/locked.txt && \
+	  $(PIP) install --require-hashes --no-deps -r requirements/unresolved.txt && \
 	  $(PIP) install --no-deps --no-build-isolation -e . && \
 	  $(BIN)/python tools/install_detectron2.py; \
 	  status=$$?; rm -f $(BUSY); exit $$status; }

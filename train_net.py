@@ -10,6 +10,7 @@ machines, and torchrun: docs/distributed.md.
 
 import argparse
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=Futur
 warnings.filterwarnings("ignore", message=".*torch.jit.script.*", category=DeprecationWarning)
 
 # ruff: noqa: E402
+import contrast_d2  # noqa: F401  # isort: skip  (which says how torch's threads are to wait)
 import torch
 from detectron2.config import instantiate
 from detectron2.engine import create_ddp_model, default_writers, hooks, launch
@@ -30,8 +32,11 @@ from omegaconf import DictConfig
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 from contrast_d2.engine import (
+    STOPPED,
+    AfterCheckpoint,
     BestCheckpointer,
     Checkpointer,
+    DispensableWriter,
     MetricsWriter,
     PeriodicCheckpointer,
     Trainer,
@@ -43,7 +48,10 @@ from contrast_d2.engine import (
     build_optimizer,
     check_config,
     check_crop,
+    check_labels,
     check_launch,
+    check_ranges,
+    check_same_experiment,
     compute_deterministically,
     find_resumable,
     import_modules,
@@ -51,11 +59,16 @@ from contrast_d2.engine import (
     last_checkpoint,
     load_config,
     load_trained,
+    make_folder,
     one_line_errors,
     open_log,
     open_writers,
+    owned,
+    passing_on_signals,
+    plain_config,
     run_process,
     save_inference_weights,
+    stopping_on_signals,
     tell_failure,
     under_torchrun,
 )
@@ -74,10 +87,13 @@ def do_train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
     """Trains, evaluates, and leaves checkpoints and metrics in `train.output_dir`."""
     options, output_dir = cfg.train, cfg.train.output_dir
     # What can be wrong with an experiment is wrong in these lines, before anything is written.
-    evaluate = build_evaluation(cfg)
+    evaluate = build_evaluation(cfg, training=True)
     last = find_resumable(output_dir) if resume else ""
+    if last:
+        check_same_experiment(cfg, last)
     model = build_model(cfg, starting_weights=not last)
     check_crop(cfg, model)
+    check_labels(cfg)
     data_loader = instantiate(cfg.dataloader.train)
     trainer = Trainer(
         create_ddp_model(model, **ddp_options(cfg)),
@@ -90,36 +106,51 @@ def do_train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
         log_period=options.log_period,
     )
     checkpointer = Checkpointer(
-        model, output_dir, allow_pickle=options.allow_pickle, trainer=trainer
+        model,
+        output_dir,
+        allow_pickle=options.allow_pickle,
+        config=plain_config(cfg),
+        trainer=trainer,
     )
     average = None if options.ema_decay is None else WeightAverage(model, options.ema_decay)
     averaged = nullcontext if average is None else average.applied
     results: dict[str, Any] = {}
+    failures: list[str] = []  # of the last evaluation
 
     def test() -> dict[str, Any]:
         trainer.catch_up()
-        with averaged():
-            results.update(evaluate(model))
+        results.clear()
+        failures.clear()
+        try:
+            with averaged():
+                results.update(evaluate(model))
+        except FloatingPointError:  # of the weights themselves
+            raise
+        except Exception as error:
+            logger.warning("the evaluation failed, and the training goes on: %s", error)
+            logger.debug("it failed by:", exc_info=True)
+            failures.append(str(error))
         return results
 
     def writers() -> list[Any]:
         # Trackers come before TensorBoard, which takes the pictures out of the storage.
         trackers = open_writers(options.writers, output_dir, resumed=bool(last))
-        return [*trackers, *default_writers(output_dir, options.max_iter)]
+        *own, tensorboard = default_writers(output_dir, options.max_iter)
+        return [*map(DispensableWriter, trackers), *own, DispensableWriter(tensorboard)]
 
     is_main = comm.is_main_process()
-    # A checkpoint comes last: the evaluation, the choice of the best and the metrics of its
-    # iteration are done by then, and what follows it has not happened for a run that resumes.
     trainer.register_hooks(
         [
             hooks.IterationTimer(),
             hooks.LRScheduler(scheduler=instantiate(cfg.lr_multiplier)),
             average,
+            instantiate(options.dashboard) if is_main else None,
+            PeriodicCheckpointer(checkpointer, **options.checkpointer) if is_main else None,
+            # What follows cannot cost training: a run that resumes makes up for it.
+            AfterCheckpoint(),
             hooks.EvalHook(options.eval_period, test),
             BestCheckpointer(checkpointer, options.best_metric, options.eval_period, averaged),
-            instantiate(options.dashboard) if is_main else None,
             MetricsWriter(writers if is_main else list, options.log_period, output_dir),
-            PeriodicCheckpointer(checkpointer, **options.checkpointer) if is_main else None,
         ]
     )
     start = 0
@@ -132,12 +163,18 @@ def do_train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
 
     logger.info("Model:\n%s", model)
     if is_main:
-        begin_run(cfg, resumed=bool(last))
+        begin_run(cfg, start)
     comm.synchronize()
-    trainer.train(start, options.max_iter)
+    with stopping_on_signals(trainer.request_stop):
+        trainer.train(start, options.max_iter)
     if is_main:
         with averaged():
             save_inference_weights(model, output_dir)
+    if failures:
+        raise ValueError(
+            f"the training is complete and its weights are saved, but the last evaluation failed: "
+            f"{failures[0]} When that is put right, run the command with --eval-only."
+        )
     return results
 
 
@@ -147,26 +184,34 @@ def ddp_options(cfg: DictConfig) -> dict[str, Any]:
     return {**cfg.train.ddp} if on_gpu else {**cfg.train.ddp, "device_ids": None}
 
 
-def setup(args: argparse.Namespace) -> DictConfig:
-    """Reads and checks the config, opens the log in the output folder, seeds."""
+def read(args: argparse.Namespace) -> DictConfig:
+    """Reads and checks the config, and makes its folder."""
     import_modules(args.imports)  # a process that was spawned knows none of them yet
     cfg = load_config(args.config_file, args.opts)
     check_config(cfg, training=not args.eval_only)
+    make_folder(cfg.train.output_dir)
+    return cfg
+
+
+def set_up(cfg: DictConfig, args: argparse.Namespace) -> None:
+    """Opens the log in the output folder, seeds."""
     open_log(cfg.train.output_dir, args)
     torch.manual_seed(cfg.train.seed)
     torch.backends.cudnn.benchmark = cfg.train.cudnn_benchmark and not args.eval_only
     if cfg.train.deterministic:
         compute_deterministically()
-    return cfg
 
 
 def main(args: argparse.Namespace) -> None:
     """One process of a job."""
     with one_line_errors():
-        cfg = setup(args)
+        cfg = read(args)
         if args.eval_only:
+            set_up(cfg, args)
             do_test(cfg)
-        else:
+            return
+        with owned(cfg.train.output_dir):
+            set_up(cfg, args)
             do_train(cfg, resume=args.resume)
 
 
@@ -175,17 +220,21 @@ def start(main: Callable[[argparse.Namespace], None], args: argparse.Namespace, 
     if under_torchrun():
         join_torchrun(main, args, timeout=timeout)
         return
+    several = args.num_gpus * args.num_machines > 1
     try:
-        launch(
-            run_process,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(main, args),
-            timeout=timeout,
-        )
-    except (ProcessExitedException, ProcessRaisedException) as error:
+        with passing_on_signals() if several else nullcontext():
+            launch(
+                run_process,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(main, args),
+                timeout=timeout,
+            )
+    except ProcessExitedException as error:
+        sys.exit(STOPPED if error.exit_code == STOPPED else tell_failure(error))
+    except ProcessRaisedException as error:
         sys.exit(tell_failure(error))
 
 
@@ -195,7 +244,11 @@ def run() -> None:
         check_launch(args)
         import_modules(args.imports)
         cfg = load_config(args.config_file, args.opts)
-    start(main, args, timedelta(minutes=cfg.train.timeout_minutes))
+        check_ranges(cfg)
+    try:
+        start(main, args, timedelta(minutes=cfg.train.timeout_minutes))
+    except KeyboardInterrupt:  # before the training, or the second one
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

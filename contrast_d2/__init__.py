@@ -4,9 +4,15 @@ Importing the package fills detectron2's registries: backbones, semantic heads, 
 meta-architecture and the datasets. `contrast_d2.contrast` does without detectron2.
 """
 
+import os
 import warnings
 from importlib.util import find_spec
 
+# Before torch is imported, which starts its threads so: while they wait for work they otherwise
+# keep the cores from other programs, and these from them.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# ruff: noqa: E402
 from .config.model_zoo import get_config
 
 __all__ = ["__version__", "get_config"]

@@ -28,16 +28,27 @@ ALLOWED = {
     "registries": {"resources"},
     "resources": set(),
     "weights": set(),
+    "figures": set(),
     "files": set(),
     "data": {"files"},
-    "evaluation": {"data"},
+    "evaluation": {"data", "figures", "files"},
     "segmentor": {"backbones", "contrast", "decoders", "losses", "registries", "structures"},
     "engine": {
         "__version__",
-        *("backbones", "config", "data", "evaluation", "files", "segmentor", "weights"),
+        *("backbones", "config", "data", "evaluation", "files", "registries"),
+        *("segmentor", "weights"),
     },
     "deploy": {"data", "engine", "evaluation", "losses", "segmentor", "structures"},
-    "studio": {"contrast", "data", "evaluation", "files", "losses", "segmentor", "structures"},
+    "studio": {
+        "contrast",
+        "data",
+        "evaluation",
+        "figures",
+        "files",
+        "losses",
+        "segmentor",
+        "structures",
+    },
 }
 
 

@@ -240,7 +240,10 @@ def differences(whole: Path, other: Path) -> list[str]:
     """Where two finished runs differ: paths into their checkpoints, rows of their metrics."""
     found = []
     for name in ("model_final.pth", "model_best.pth", "model_inference.pth"):
-        a, b = (_leaves(torch.load(run / name, weights_only=True)) for run in (whole, other))
+        contents = [torch.load(run / name, weights_only=True) for run in (whole, other)]
+        for content in contents:
+            content.pop("config", None)  # in which the folder is another one
+        a, b = map(_leaves, contents)
         found += [f"{name}{path}" for path in a.keys() ^ b.keys()]
         found += [f"{name}{path}" for path in a.keys() & b.keys() if not _equal(a[path], b[path])]
     a, b = (_rows(run / "metrics.json") for run in (whole, other))

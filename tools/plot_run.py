@@ -20,10 +20,10 @@ warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
 # ruff: noqa: E402
 import numpy as np
 from detectron2.data import MetadataCatalog
-from detectron2.data.detection_utils import read_image
 
 from contrast_d2.data.datasets import read_records
 from contrast_d2.data.labels import load_labels
+from contrast_d2.data.reading import read_rgb
 from contrast_d2.deploy.predictor import load_predictor
 from contrast_d2.engine import last_checkpoint
 from contrast_d2.evaluation.runs import last_scores, read_metrics
@@ -110,7 +110,7 @@ def plot_predictions(run_dir: Path, num_images: int, output: Path, prefix: str) 
     for index in np.linspace(0, len(records) - 1, count).round().astype(int):
         record = records[int(index)]
         name = str(record.get("image_id") or Path(record["file_name"]).stem)
-        image = read_image(record["file_name"], "RGB")
+        image = read_rgb(record["file_name"])
         figure = comparison_panel(
             image,
             load_labels(record["sem_seg_file_name"], predictor.label_map),

@@ -29,6 +29,8 @@ train = dict(
     # Whether init_checkpoint may be a .pkl file, as detectron2's ImageNet weights are: reading one
     # runs the code it holds.
     allow_pickle=False,
+    # Keys that --resume may change, of those that it would refuse: e.g. ["optimizer.lr"].
+    resume_changes=[],
     # Batches per optimizer step; total_batch_size is divided by it.
     accumulation_steps=1,
     # Largest norm of the gradient; None for no clipping.

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+
+from .reading import READ_ERRORS, open_image
 
 Record = dict[str, Any]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+# Of `IMAGE_FORMATS`, in any case.
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 LABEL_SUFFIX = ".png"
 
 # EXIF tag 274, orientation: these values swap width and height. detectron2 turns such images
@@ -23,7 +25,8 @@ _EXIF_ORIENTATION, _EXIF_TRANSPOSED = 274, (5, 6, 7, 8)
 class Folders(NamedTuple):
     """Where some images of a dataset and their label files lie.
 
-    An image ``NAME`` + image suffix belongs to the label file ``NAME`` + label suffix.
+    An image ``NAME`` + image suffix belongs to the label file ``NAME`` + label suffix. Both may lie
+    in folders below, which are then part of the NAME, and their suffixes be of any case.
     """
 
     images: str
@@ -114,12 +117,13 @@ def _pair_part(root: str, part: Folders) -> tuple[list[Record], list[str]]:
         raise ValueError(
             f"The dataset folder {label_dir} does not exist. {_labels_hint(part)}{root_hint(root)}"
         )
-    labels = set(PathManager.ls(label_dir))
+    labels = _by_name(label_dir, (part.label_suffix,))
     labelled = []
     for record in records:
-        label = record["image_id"] + part.label_suffix
+        name = record["image_id"]
+        label = labels.get(name, name + part.label_suffix)
         record["sem_seg_file_name"] = os.path.join(label_dir, label)
-        if label in labels:
+        if name in labels:
             labelled.append(record)
         else:
             problems.append(
@@ -139,21 +143,62 @@ def _images_by_name(image_dir: str, part: Folders, root: str) -> dict[str, str]:
     """NAME to file name of the images of a folder."""
     if not PathManager.isdir(image_dir):
         raise ValueError(f"The dataset folder {image_dir} does not exist. {root_hint(root)}")
-    images: dict[str, str] = {}
-    for file_name in sorted(PathManager.ls(image_dir)):
-        suffix = next((s for s in part.image_suffixes if file_name.endswith(s)), None)
-        if suffix is None or file_name.startswith("."):  # archives of macOS hold ._NAME files
-            continue
-        name = file_name[: -len(suffix)]
-        if name in images:
-            raise ValueError(
-                f"{image_dir} holds both {images[name]} and {file_name}, which have one label "
-                "file: remove one"
-            )
-        images[name] = file_name
+    label_dir = None if part.labels is None else os.path.join(root, part.labels)
+    images = _by_name(image_dir, part.image_suffixes, label_dir)
     if not images:
-        raise ValueError(f"The dataset folder {image_dir} holds no images. {root_hint(root)}")
+        raise ValueError(
+            f"The dataset folder {image_dir} holds no images ({' '.join(part.image_suffixes)}); "
+            f"{_contents(image_dir)}. {root_hint(root)}"
+        )
     return images
+
+
+def _by_name(folder: str, suffixes: Sequence[str], without: str | None = None) -> dict[str, str]:
+    """NAME to file name of all files below a folder that end so, relative to it.
+
+    Args:
+        folder: which exists.
+        suffixes: of the files; the first that fits is not part of the NAME.
+        without: a folder that is left out, if it lies below.
+
+    Raises:
+        ValueError: two files have the same NAME.
+    """
+    files: dict[str, str] = {}
+    for file in _files(folder, tuple(s.lower() for s in suffixes), without):
+        suffix = next((s for s in suffixes if file.lower().endswith(s.lower())), None)
+        if suffix is None:
+            continue
+        name = file[: -len(suffix)]
+        if name in files:
+            raise ValueError(
+                f"{folder} holds both {files[name]} and {file}, which have one label file: remove "
+                "one"
+            )
+        files[name] = file
+    return files
+
+
+def _files(folder: str, suffixes: tuple[str, ...], without: str | None = None) -> Iterator[str]:
+    """All files below a folder, sorted by folder. What ends in one of the suffixes is taken for a
+    file: to ask that of each takes minutes on a network disk."""
+    for entry in sorted(PathManager.ls(folder)):
+        if entry.startswith("."):  # archives of macOS hold ._NAME files
+            continue
+        path = os.path.join(folder, entry)
+        if entry.lower().endswith(suffixes) or not PathManager.isdir(path):
+            yield entry
+        elif path != without:
+            yield from (f"{entry}/{file}" for file in _files(path, suffixes, without))
+
+
+def _contents(folder: str) -> str:
+    """What lies below a folder, for messages."""
+    endings = Counter(os.path.splitext(file)[1] or "no ending" for file in _files(folder, ()))
+    if not endings:
+        return "it is empty"
+    shown = ", ".join(f"{ending} ({count:,})" for ending, count in endings.most_common(5))
+    return f"its files end in {shown}"
 
 
 def add_sizes(records: list[Record]) -> list[Record]:
@@ -177,7 +222,7 @@ def add_sizes(records: list[Record]) -> list[Record]:
 def load_folders(*folders: tuple[str, str]) -> list[Record]:
     """Lists the images of one or more folders together with their label files.
 
-    ``NAME.jpg`` (or .jpeg, .png) belongs to ``NAME.png`` of the label folder.
+    ``NAME.jpg`` (or .png, .tif, .bmp, .webp) belongs to ``NAME.png`` of the label folder.
 
     Args:
         folders: pairs of an image and a label folder, relative to ``$DETECTRON2_DATASETS``
@@ -216,9 +261,9 @@ def read_names(path: str) -> list[str]:
 def _image_size(path: str) -> tuple[int, int]:
     """Reads (height, width) from an image's header, as detectron2 will orient it."""
     try:
-        with PathManager.open(path, "rb") as file, Image.open(file) as image:
+        with PathManager.open(path, "rb") as file, open_image(file) as image:
             width, height = image.size
             orientation = image.getexif().get(_EXIF_ORIENTATION)
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except READ_ERRORS as error:
         raise ValueError(f"Cannot read the image {path}: {error}") from error
     return (width, height) if orientation in _EXIF_TRANSPOSED else (height, width)

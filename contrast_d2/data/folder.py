@@ -2,7 +2,7 @@
 
 my_data/
     dataset.json                {"classes": ["road", "car"]}
-    images/train/NAME.jpg       any of .jpg, .jpeg and .png
+    images/train/NAME.jpg       or .png, .tif, .bmp, .webp; also in folders below
     annotations/train/NAME.png  values are positions in the list of classes; 255 is void
     images/val/...              one folder per split
     annotations/val/...

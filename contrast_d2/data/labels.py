@@ -12,9 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from detectron2.data.catalog import Metadata
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 
-from .reading import READ_ERRORS, decode_png
+from .reading import READ_ERRORS, decode_png, open_image
 
 IGNORE_LABEL = 255
 
@@ -179,7 +178,7 @@ def load_labels(path: str, label_map: LabelMap) -> np.ndarray:
             data = file.read()
         array, mode = decode_png(data, channels=1), "L"
         if array is None:
-            with Image.open(io.BytesIO(data)) as image:
+            with open_image(io.BytesIO(data)) as image:
                 array, mode = np.asarray(image), image.mode
     except READ_ERRORS as error:
         raise ValueError(f"Cannot read the label image {path}: {error}") from error

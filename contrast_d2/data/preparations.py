@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pycocotools.mask as mask_util
-from PIL import Image
 
 from .classes import read_json
 from .datasets import ADE20K, CATALOG, CITYSCAPES, COCO_STUFF
 from .files import datasets_root, read_names, root_hint
 from .labels import LabelMap, load_labels
 from .prepare import Job, Plan
+from .reading import READ_ERRORS, open_image
 from .sources import camvid_split, voc2010_folder
 
 # The labels that PASCAL-Context keeps, of the 459 of its label files, in the order of the 60
@@ -220,9 +220,9 @@ def _camvid_original() -> Plan:
 def _color_labels(path: str, positions: dict[tuple[int, int, int], int]) -> np.ndarray:
     """Reads an image whose colours are labels as (H, W) uint8 positions."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             colors = np.asarray(image.convert("RGB")).astype(np.uint32)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except READ_ERRORS as error:
         raise ValueError(f"Cannot read the label image {path}: {error}") from error
     codes = colors @ np.array([1 << 16, 1 << 8, 1], dtype=np.uint32)
     known = {(r << 16) + (g << 8) + b: k for (r, g, b), k in positions.items()}

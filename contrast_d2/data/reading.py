@@ -10,9 +10,10 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Iterator
+from typing import IO
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
+from detectron2.data.detection_utils import _apply_exif_orientation, convert_PIL_to_numpy
 from detectron2.utils.file_io import PathManager
 from PIL import ExifTags, Image
 
@@ -20,6 +21,10 @@ try:
     from kornia_rs import io as kornia_io
 except ImportError:
     kornia_io = None
+
+# All that is read, whatever a file is called. Pillow knows some fifty formats, of which EPS starts
+# another program, Ghostscript.
+IMAGE_FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 
 # What files that cannot be read make Pillow raise.
 READ_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -34,6 +39,11 @@ _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _PNG_EXIF_KEYWORDS = (b"Raw profile type ", b"XML:com.adobe.xmp")
 
 
+def open_image(file: str | IO[bytes]) -> Image.Image:
+    """Opens an image file, as Pillow's function does, of one of `IMAGE_FORMATS`."""
+    return Image.open(file, formats=IMAGE_FORMATS)
+
+
 def read_rgb(path: str) -> np.ndarray:
     """Reads an image file, turned upright where its EXIF data say how.
 
@@ -41,7 +51,8 @@ def read_rgb(path: str) -> np.ndarray:
         path: of the file, opened through detectron2's PathManager.
 
     Returns:
-        (H, W, 3) uint8, RGB; the same as detectron2's `read_image`. It may be read-only.
+        (H, W, 3) uint8, RGB; the same as detectron2's `read_image`, but for grey images of 16 bits,
+        which that clips to white: 65535 becomes 255. It may be read-only.
 
     Raises:
         ValueError: if the file cannot be read. The message names it.
@@ -54,9 +65,23 @@ def read_rgb(path: str) -> np.ndarray:
             image = _decode_jpeg(data)
         elif data.startswith(_PNG_SIGNATURE) and not _png_may_be_turned(data):
             image = decode_png(data, channels=3)
-        return read_image(path, format="RGB") if image is None else image
+        return _decode_with_pillow(data) if image is None else image
     except READ_ERRORS as error:
         raise ValueError(f"Cannot read the image {path}: {error}") from error
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    """(H, W, 3) uint8, upright."""
+    with open_image(io.BytesIO(data)) as image:
+        # Pillow may hold a PNG file of 16 bits as 32.
+        is_deep = image.mode.startswith("I;16") or (image.format, image.mode) == ("PNG", "I")
+        if not is_deep and image.mode in ("I", "F"):
+            raise ValueError("it has 32 bits a pixel: store it with 8 or 16 bits a channel")
+        upright = _apply_exif_orientation(image)
+        if not is_deep:
+            return convert_PIL_to_numpy(upright, "RGB")
+        grey = (np.asarray(upright).astype(np.uint32) + 128) // 257
+        return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
 
 
 def decode_png(data: bytes, channels: int) -> np.ndarray | None:
@@ -89,7 +114,7 @@ def _decode_jpeg(data: bytes) -> np.ndarray | None:
     """Decodes an upright grey or RGB JPEG file as (H, W, 3) uint8, or returns None for Pillow."""
     if kornia_io is None:
         return None
-    with Image.open(io.BytesIO(data)) as image:  # reads no more than the head of the file
+    with open_image(io.BytesIO(data)) as image:  # reads no more than the head of the file
         if (
             image.format != "JPEG"
             or image.mode not in ("RGB", "L")

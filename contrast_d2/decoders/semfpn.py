@@ -22,6 +22,8 @@ from ..structures import SegOutput
 from .head import chosen_maps
 
 # What detectron2's `get_norm` knows.
+# Of detectron2's group norm.
+_GROUPS = 32
 _NORMS = ("", "BN", "SyncBN", "FrozenBN", "GN", "nnSyncBN", "naiveSyncBN", "naiveSyncBN_N")
 
 
@@ -64,6 +66,12 @@ class SemSegFPNDecoder(SemSegFPNHead):
         for name, value in (("norm", norm), ("fpn_norm", fpn_norm)):
             if value not in _NORMS:
                 raise ValueError(f"{name}={value!r}: choose one of {_NORMS}.")
+        for name, channels, kind in (
+            ("fpn_channels", fpn_channels, fpn_norm),
+            ("conv_dims", conv_dims, norm),
+        ):
+            if channels is not None and kind == "GN" and channels % _GROUPS:
+                raise ValueError(f"{name}={channels}: group norm needs a multiple of {_GROUPS}.")
         shapes = dict(sorted(input_shape.items(), key=lambda item: item[1].stride))
         fpn = None
         if fpn_channels is not None:

@@ -22,6 +22,7 @@ from ..backbones import without_starting_weights
 from ..evaluation import InferenceProtocol
 from ..segmentor import ContrastiveSegmentor
 from .checkpoint import Checkpointer
+from .checks import check_best_metric
 from .trainer import Batch, autocast
 
 logger = logging.getLogger(__name__)
@@ -116,26 +117,38 @@ def build_optimizer(cfg: DictConfig, model: nn.Module) -> torch.optim.Optimizer:
     """
     config = copy.deepcopy(cfg.optimizer)  # the config itself is saved, and holds no model
     config.params.model = model
+    betas = config.get("betas")
+    if betas is not None and len(betas) != 2:
+        raise ValueError(f"optimizer.betas={list(betas)}: give two, as in [0.9, 0.999].")
     try:
         return instantiate(config)
     except ValueError as error:
         raise ValueError(f"optimizer: {error}. Change the keys of `optimizer`.") from error
 
 
-def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]]:
+def build_evaluation(
+    cfg: DictConfig, *, training: bool = False
+) -> Callable[[nn.Module], dict[str, Any]]:
     """Prepares the evaluation on the config's test set, all processes together.
 
     The test protocol is `cfg.dataloader.inference`; a config without one runs the model as it is.
     The network computes in the precision of the training, `cfg.train.amp`.
 
+    Args:
+        cfg: whole config.
+        training: whether a training follows, which chooses its best weights by a metric.
+
     Returns:
         model -> {"sem_seg": {"mIoU": percent, ...}} on the main process, {} on others.
 
     Raises:
-        ValueError: the dataset is missing, or a setting of protocol or precision is out of range.
+        ValueError: the dataset is missing, a setting of protocol or precision is out of range, or
+            there is no such metric.
     """
     protocol = instantiate(cfg.dataloader.get("inference")) or InferenceProtocol()
     evaluator, loader = instantiate(cfg.dataloader.evaluator), instantiate(cfg.dataloader.test)
+    if training:
+        check_best_metric(cfg.train.best_metric, evaluator)
     device, amp = checked_device(cfg.train.device), cfg.train.amp
     precision = autocast(device, amp.dtype if amp.enabled else None)
     logger.info("Evaluation with %s", protocol)
@@ -146,8 +159,10 @@ def build_evaluation(cfg: DictConfig) -> Callable[[nn.Module], dict[str, Any]]:
             # Batch norm statistics may differ between processes: a checkpoint holds the first's.
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
-        results = _evaluate(protocol(model.eval()), loader, evaluator, precision)
-        model.train(training)
+        try:
+            results = _evaluate(protocol(model.eval()), loader, evaluator, precision)
+        finally:
+            model.train(training)
         if comm.is_main_process():
             print_csv_format(results)
         return results or {}
@@ -165,14 +180,23 @@ def _evaluate(
     """detectron2's `inference_on_dataset`, which waits for the GPU at every image to time it."""
     evaluator.reset()
     start, images = time.perf_counter(), 0
-    for inputs in loader:
-        with precision:
-            outputs = model(inputs)
-        evaluator.process(inputs, outputs)
-        images += len(inputs)
-        log_every_n_seconds(
-            logging.INFO, f"Evaluation: {images} images so far", n=30, name=__name__
-        )
+    failure: Exception | None = None
+    try:
+        for inputs in loader:
+            with precision:
+                outputs = model(inputs)
+            evaluator.process(inputs, outputs)
+            images += len(inputs)
+            log_every_n_seconds(
+                logging.INFO, f"Evaluation: {images} images so far", n=30, name=__name__
+            )
+    except Exception as error:  # of which other processes must not wait for this one's counts
+        failure = error
+    failures = [text for text in comm.all_gather(None if failure is None else str(failure)) if text]
+    if failure is not None:
+        raise failure
+    if failures:
+        raise ValueError(failures[0])
     results = evaluator.evaluate()
     logger.info("Evaluated %d images in %.0f s", images, time.perf_counter() - start)
     return results

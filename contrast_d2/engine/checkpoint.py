@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -59,7 +60,10 @@ def last_checkpoint(folder: str) -> str:
         ValueError: there are none.
     """
     last = os.path.join(folder, "last_checkpoint")
-    path = os.path.join(folder, _read_name(last)) if os.path.isfile(last) else ""
+    name, problem = _read_name(last) if os.path.exists(last) else ("", "")
+    if problem:
+        raise ValueError(f"{problem}: name the weights with train.init_checkpoint=FILE.")
+    path = os.path.join(folder, name)
     if not os.path.isfile(path):
         raise ValueError(
             f"no weights: {folder} has no checkpoint. Name one with train.init_checkpoint=FILE, or "
@@ -77,17 +81,15 @@ def training_checkpoints(folder: str) -> list[str]:
 def _newest_whole(folder: str) -> tuple[str, str]:
     """The path to resume from, "" if there is none; and why none will do, "" if one does."""
     last = os.path.join(folder, "last_checkpoint")
-    candidates = sorted(
-        training_checkpoints(folder), key=lambda p: (os.path.getmtime(p), p), reverse=True
-    )
+    candidates = sorted(training_checkpoints(folder), key=_iteration, reverse=True)
     problems = []
     if os.path.exists(last):
-        named = _read_name(last)
-        if named:
+        named, problem = _read_name(last)
+        if problem:
+            problems.append(problem)
+        else:
             path = os.path.join(folder, named)
             candidates = [path, *(other for other in candidates if other != path)]
-        else:
-            problems.append(f"{last} is empty")
     elif candidates:
         problems.append(f"{last} is missing")
     for path in candidates:
@@ -118,6 +120,7 @@ class Checkpointer(DetectionCheckpointer):
         model, save_dir, save_to_disk, checkpointables: as detectron2's.
         allow_pickle: read `.pkl` files too, detectron2's ImageNet weights among them. Reading one
             runs whatever code it holds.
+        config: of the experiment, plain values by key, which becomes a part of each file.
     """
 
     def __init__(
@@ -127,10 +130,12 @@ class Checkpointer(DetectionCheckpointer):
         *,
         save_to_disk: bool | None = None,
         allow_pickle: bool = False,
+        config: Mapping[str, Any] | None = None,
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._allow_pickle = allow_pickle
+        self._config = {} if config is None else {"config": dict(config)}
 
     def check_file(self, path: str) -> None:
         """Refuses a checkpoint file that cannot be loaded, before any work is done for it.
@@ -267,7 +272,7 @@ class Checkpointer(DetectionCheckpointer):
         """
         if not self.save_dir or not self.save_to_disk:
             return
-        data = {"model": self.model.state_dict(), **extra}
+        data = {"model": self.model.state_dict(), **self._config, **extra}
         for key, checkpointable in self.checkpointables.items():
             data[key] = checkpointable.state_dict()
         check_finite(data["model"], name)
@@ -302,7 +307,25 @@ def check_finite(weights: Mapping[str, Tensor], name: str) -> None:
         )
 
 
-def _read_name(path: str) -> str:
-    """The name in a `last_checkpoint` file, which may be torn."""
+def _read_name(path: str) -> tuple[str, str]:
+    """The name in a `last_checkpoint` file, which may be torn; and why there is none."""
+    if not os.path.isfile(path):
+        return "", f"{path} is no file"
     with open(path, "rb") as file:
-        return file.read().decode(errors="replace").strip()
+        name = file.read().decode(errors="replace").strip()
+    if not name:
+        return "", f"{path} is empty"
+    if os.path.basename(name) != name:
+        return "", f"{path} names {name}, which is not in its folder"
+    return name, ""
+
+
+def _iteration(path: str) -> float:
+    """The last iteration that a training checkpoint holds; file times say when it was copied."""
+    number = os.path.basename(path)[len("model_") : -len(".pth")]
+    if number != "final":
+        return int(number)
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)["iteration"]
+    except Exception:  # of a damaged one, which will be told when it is read
+        return math.inf

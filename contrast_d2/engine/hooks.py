@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
-    """detectron2's hook, which on a resume also counts the checkpoints that the run has already."""
+    """detectron2's hook, which on a resume also counts the checkpoints that the run has already,
+    and writes one where the training stops on request."""
 
     def before_train(self) -> None:
         super().before_train()
@@ -42,11 +43,16 @@ class PeriodicCheckpointer(hooks.PeriodicCheckpointer):
         written = training_checkpoints(self.checkpointer.save_dir)
         self.recent_checkpoints = [path for path in written if path <= last]
 
+    def after_step(self) -> None:
+        if self.trainer.stops:  # pyright: ignore[reportAttributeAccessIssue]
+            self.period = 1  # and it is the last
+        super().after_step()
+
 
 class BestCheckpointer(HookBase):
     """Keeps the weights of the best evaluation in `model_best.pth`.
 
-    Runs after the hook that evaluates and before the one that writes periodic checkpoints. Unlike
+    Runs after the hook that evaluates. Unlike
     detectron2's it remembers the best value over `--resume`, and does not make the best checkpoint
     the one that `--resume` starts from.
 
@@ -191,10 +197,8 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
 class MetricsWriter(hooks.PeriodicWriter):
     """detectron2's hook that writes metrics, whose rows after a resume are those of a whole run.
 
-    The rows are medians over the last iterations, and of what is not written in every iteration, as
-    the scores of an evaluation, some may wait for the next row: both are part of its state. To be
-    registered before the hook that writes checkpoints, so that the rows up to a checkpoint are on
-    disk when it is.
+    The rows are medians over the last iterations, and of what is not written in every iteration
+    some may wait for the next row: both are part of its state.
 
     Args:
         build_writers: opens the writers of the metrics, when the training begins.
@@ -235,6 +239,9 @@ class MetricsWriter(hooks.PeriodicWriter):
             super().after_step()
         if writes:
             self._written = self.trainer.iter
+            # Which the last writer removes, unless it fails.
+            self.trainer.storage.clear_images()
+            self.trainer.storage.clear_histograms()
 
     def after_train(self) -> None:
         with stop_when_disk_is_full(self._output_dir):

@@ -21,6 +21,8 @@ from detectron2.utils import comm
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from .stopping import TrainingStopped
+
 # Seconds that a process which fails after another waits to be stopped by its launcher.
 _PATIENCE = 30.0
 
@@ -100,6 +102,9 @@ def run_process(main: Callable[..., Any], *args: Any) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // comm.get_local_size()))
     try:
         main(*args)
+    except TrainingStopped:  # which all processes do together
+        leave_groups()
+        raise
     except BaseException as error:
         if not _is_first_to_fail():
             # What this process met may be a consequence. Its launcher stops it, unless the first

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import importlib.metadata
 import json
 import logging
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import detectron2
 import timm
@@ -32,16 +33,17 @@ from .checkpoint import check_finite, training_checkpoints
 
 logger = logging.getLogger(__name__)
 
+# What a killed run left under temporary names, and nobody else.
+_OF_A_KILLED_RUN = re.compile(
+    r"(model_(\d{7}|final|best|inference)\.pth|last_checkpoint|metrics\.json|run\.json)\.\d+\.tmp"
+)
 
-def open_log(output_dir: str, args: argparse.Namespace) -> None:
-    """Makes the folder of a run, and opens and begins the log in it.
 
-    detectron2's `default_setup` also overwrites the folder's config.yaml, which here waits until
-    everything that can be wrong with an experiment has been checked: see `begin_run`.
+def make_folder(output_dir: str) -> None:
+    """Makes the folder of a run.
 
     Args:
         output_dir: `train.output_dir`.
-        args: of the command line.
 
     Raises:
         ValueError: the folder cannot be made, or cannot be written to.
@@ -56,6 +58,18 @@ def open_log(output_dir: str, args: argparse.Namespace) -> None:
                 f"train.output_dir={output_dir} cannot be written: name a folder of your own."
             )
     comm.synchronize()
+
+
+def open_log(output_dir: str, args: argparse.Namespace) -> None:
+    """Opens and begins the log in the folder of a run.
+
+    detectron2's `default_setup` also overwrites the folder's config.yaml, which here waits until
+    everything that can be wrong with an experiment has been checked: see `begin_run`.
+
+    Args:
+        output_dir: `train.output_dir`, which exists.
+        args: of the command line.
+    """
     rank = comm.get_rank()
     # Lines that do not fit on a full disk are lost; their tracebacks would hide the error's own.
     logging.raiseExceptions = False
@@ -71,23 +85,23 @@ def open_log(output_dir: str, args: argparse.Namespace) -> None:
     logger.info("Command line: %s", args)
 
 
-def begin_run(cfg: DictConfig, *, resumed: bool) -> None:
+def begin_run(cfg: DictConfig, start: int) -> None:
     """Prepares the folder for a training: config.yaml, run.json, nothing of an earlier run.
 
     Args:
         cfg: whole config.
-        resumed: whether the training continues one of this folder.
+        start: the first iteration; above 0 the training continues one of this folder.
     """
     output_dir = cfg.train.output_dir
-    # What a killed run left under temporary names.
-    for path in glob.glob(os.path.join(glob.escape(output_dir), "*.tmp")):
-        os.unlink(path)
-    if not resumed:
+    for name in os.listdir(output_dir):
+        path = os.path.join(output_dir, name)
+        if _OF_A_KILLED_RUN.fullmatch(name) and os.path.isfile(path):
+            os.unlink(path)
+    if not start:
         _put_earlier_run_aside(output_dir)
     with stop_when_disk_is_full(output_dir):
         LazyConfig.save(cfg, os.path.join(output_dir, "config.yaml"))
-        if not resumed:
-            record_run(output_dir)
+    record_run(output_dir, start)
 
 
 def save_inference_weights(model: nn.Module, output_dir: str) -> None:
@@ -99,14 +113,16 @@ def save_inference_weights(model: nn.Module, output_dir: str) -> None:
     logger.info("Weights without the contrast method: %s", path)
 
 
-def record_run(output_dir: str) -> None:
+def record_run(output_dir: str, start: int = 0) -> None:
     """Writes `run.json`: the command, the commit, the versions and the machine of a run.
 
     Args:
         output_dir: folder of the run, which exists.
+        start: the first iteration; above 0 the note is added to the "restarts" of the one that is
+            there.
     """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    note = {
+    note: dict[str, Any] = {
         "command": shlex.join(["python", *sys.argv]),
         "contrast_d2": __version__,
         "commit": commit_of(Path(__file__)),
@@ -118,7 +134,12 @@ def record_run(output_dir: str) -> None:
         "processes": comm.get_world_size(),
         "threads": torch.get_num_threads(),
     }
-    Path(output_dir, "run.json").write_text(json.dumps(note, indent=2) + "\n")
+    path = os.path.join(output_dir, "run.json")
+    if start and os.path.exists(path):
+        first = json.loads(Path(path).read_text())
+        first["restarts"] = [*first.get("restarts", []), {"iteration": start, **note}]
+        note = first
+    write_durably(path, lambda file: file.write((json.dumps(note, indent=2) + "\n").encode()))
 
 
 def detectron2_version() -> str:

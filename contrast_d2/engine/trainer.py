@@ -65,7 +65,7 @@ class _Step:
         rates: learning rates.
         losses, statistics: their names.
         numbers: losses by batch, their means over batches and processes, statistics by batch, the
-            norm of the gradient, and the loss scale.
+            norm of the gradient, the loss scale, and the share of processes asked to stop.
     """
 
     iteration: int
@@ -98,6 +98,8 @@ class Trainer(TrainerBase):
     Attributes:
         last_batch: what the model was run on last, for hooks.
         skipped: 0-dim fp32 on the device, 1 where the last step left the weights as they were.
+        stops: whether the training ends with this step, as it was asked to; the same in all
+            processes.
 
     Raises:
         ValueError: a setting out of range.
@@ -141,6 +143,8 @@ class Trainer(TrainerBase):
         self.skipped = torch.zeros((), device=self._device)
         self._unread: _Step | None = None
         self._skipped_in_a_row = 0
+        self._asked_to_stop = False
+        self._last: int | None = None  # the iteration to stop after
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=amp_dtype == "fp16")
 
     def train(self, start_iter: int, max_iter: int) -> None:
@@ -198,6 +202,18 @@ class Trainer(TrainerBase):
         if self.iter + 1 == self.max_iter:
             self.catch_up()
 
+    def request_stop(self) -> None:
+        """Asks for an end after one of the next steps, with a checkpoint; not where none is left.
+
+        Any process may be asked. The others learn of it with the losses of a step, which all read
+        one step later.
+        """
+        self._asked_to_stop = True
+
+    @property
+    def stops(self) -> bool:
+        return self._last is not None and self._last <= self.iter < self.max_iter - 1
+
     def catch_up(self) -> None:
         """Waits for the last step, and puts its numbers into the storage.
 
@@ -233,10 +249,13 @@ class Trainer(TrainerBase):
     ) -> _Step:
         """Updates the weights, unless a loss or the gradient is not finite."""
         by_batch = torch.stack([torch.stack([x.float() for x in row.values()]) for row in losses])
-        means = by_batch.mean(dim=0)
+        # Filled on the device: a copy from the host would wait.
+        asked = torch.full((1,), float(self._asked_to_stop), device=self._device)
+        shared = torch.cat([by_batch.mean(dim=0), asked])
         if comm.get_world_size() > 1:
-            dist.all_reduce(means)
-            means /= comm.get_world_size()
+            dist.all_reduce(shared)
+            shared /= comm.get_world_size()
+        means, asked = shared[:-1], shared[-1]
         self._scaler.unscale_(self.optimizer)
         norm = self._clip()
         bad_loss, bad_gradient = ~means.isfinite().all(), ~norm.isfinite()
@@ -254,7 +273,7 @@ class Trainer(TrainerBase):
             rates=sorted({group["lr"] for group in self.optimizer.param_groups}),
             losses=list(losses[0]),
             statistics=list(statistics[0]),
-            numbers=LateNumbers([*by_batch.flatten(), *means, *rows, norm, scale]),  # pyright: ignore[reportArgumentType]
+            numbers=LateNumbers([*by_batch.flatten(), *means, *rows, norm, scale, asked]),  # pyright: ignore[reportArgumentType]
         )
 
     def _clip(self) -> Tensor:
@@ -270,7 +289,10 @@ class Trainer(TrainerBase):
         values = np.array(step.numbers.read())
         batches = len(step.images)
         sizes = [batches * len(step.losses), len(step.losses), batches * len(step.statistics)]
-        by_batch, means, statistics, (norm, scale) = np.split(values, np.cumsum(sizes))
+        by_batch, means, statistics, (norm, scale, asked) = np.split(values, np.cumsum(sizes))
+        if asked and self._last is None:
+            # Some processes read a step at once, for a checkpoint, and others only after the next.
+            self._last = step.iteration + 1
         if not np.isfinite(means).all():
             raise NonFiniteLossError(self._report(step, by_batch.reshape(batches, -1)))
         metrics = dict(zip(step.losses, means.tolist(), strict=True))
@@ -377,7 +399,14 @@ class Trainer(TrainerBase):
                 "train.amp.dtype=fp16, whose loss scaler is part of its state: resume so."
             )
         super().load_state_dict(state_dict)
+        # Learning rates and the like are those of the config, which may have changed on purpose.
+        settings = [
+            {name: x for name, x in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
         self.optimizer.load_state_dict(state_dict["optimizer"])
+        for group, ours in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(ours, initial_lr=ours["lr"])
         # Fused kernels take tensors of one layout, and that of the checkpoint may be another one.
         for p, state in self.optimizer.state.items():
             for name, x in state.items():

@@ -83,6 +83,29 @@ class TrackerWriter(EventWriter):
         """Hands on what is new of an iteration."""
 
 
+class DispensableWriter(EventWriter):
+    """Another writer, whose failures are logged and end no training.
+
+    Args:
+        writer: which does the work.
+    """
+
+    def __init__(self, writer: EventWriter) -> None:
+        self._writer = writer
+
+    def write(self) -> None:
+        try:
+            self._writer.write()
+        except Exception as error:  # of many kinds: files, network, the library's own
+            logger.warning("%s: metrics are lost: %s", type(self._writer).__name__, error)
+
+    def close(self) -> None:
+        try:
+            self._writer.close()
+        except Exception as error:
+            logger.warning("%s does not close: %s", type(self._writer).__name__, error)
+
+
 class WandbWriter(TrackerWriter):
     """Writes to Weights & Biases; `WANDB_MODE=offline` writes to `<output_dir>/wandb` alone.
 

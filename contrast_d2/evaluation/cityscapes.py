@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
-from PIL import Image
 from torch import Tensor
 
 from contrast_d2.data.datasets import read_records
-from contrast_d2.data.reading import READ_ERRORS
+from contrast_d2.data.reading import READ_ERRORS, open_image
 
 from .measure import Measure
 from .metrics import (
@@ -194,7 +193,7 @@ def _instance_file(label_file: str) -> str:
 def _load_instances(path: str) -> np.ndarray:
     """(H, W) integers as stored, up to 65535."""
     try:
-        with PathManager.open(path, "rb") as file, Image.open(io.BytesIO(file.read())) as image:
+        with PathManager.open(path, "rb") as file, open_image(io.BytesIO(file.read())) as image:
             instances = np.asarray(image)
     except READ_ERRORS as error:
         raise ValueError(f"Cannot read the file of instances {path}: {error}") from error

@@ -12,6 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ..figures import literal_text
+
 # With more classes, numbers in the cells could not be read, nor could names of 6 points.
 _MOST_WITH_NUMBERS, _MOST_WITH_LARGE_NAMES = 25, 60
 
@@ -31,6 +33,7 @@ def write_confusion_csv(confusion: Tensor, class_names: Sequence[str], path: str
             writer.writerow([name, *row])
 
 
+@literal_text()
 def plot_confusion(confusion: Tensor, class_names: Sequence[str]) -> Figure:
     """Draws what becomes of the pixels of each class, in percent of them.
 
@@ -70,6 +73,7 @@ def plot_confusion(confusion: Tensor, class_names: Sequence[str]) -> Figure:
     return figure
 
 
+@literal_text()
 def write_confusion_picture(confusion: Tensor, class_names: Sequence[str], path: str) -> None:
     """Writes `plot_confusion` as a PNG file, opened through detectron2's PathManager."""
     with PathManager.open(path, "wb") as file:

@@ -24,6 +24,7 @@ from contrast_d2.data.class_counts import count_classes
 from contrast_d2.data.datasets import check_registered, read_records
 from contrast_d2.data.labels import LabelMap, load_labels
 
+from ..files import stop_when_disk_is_full
 from .confusion_files import write_confusion_csv, write_confusion_picture
 from .inference import to_device
 from .measure import Measure
@@ -109,6 +110,15 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
         self._absent_classes: AbsentClasses = absent_classes
         self._save_predictions = save_predictions
 
+    @property
+    def score_names(self) -> set[str] | None:
+        """Names of all scores; None where measures have more."""
+        if self._measures:
+            return None
+        by_class = {f"{kind}-{name}" for kind in ("IoU", "ACC") for name in self._class_names}
+        groups = {f"mIoU-{name}" for name in self._groups}
+        return {"mIoU", "fwIoU", "mACC", "pACC", *groups, *by_class}
+
     def reset(self) -> None:
         """Forget everything counted so far."""
         super().reset()
@@ -190,11 +200,16 @@ class SemSegEvaluator(DetectronSemSegEvaluator):
         scores |= self._score_measures([counts for _, counts in parts], confusion)
         num_images = sum(images for images, _ in parts)
         if folder:
-            PathManager.mkdirs(folder)
-            self._write_scores(folder, scores, num_images)
+            with stop_when_disk_is_full(folder):
+                PathManager.mkdirs(folder)
+                self._write_scores(folder, scores, num_images)
             path = os.path.join(folder, "confusion_matrix")
-            write_confusion_csv(confusion, self._class_names, path + ".csv")
-            write_confusion_picture(confusion, self._class_names, path + ".png")
+            with stop_when_disk_is_full(folder):
+                write_confusion_csv(confusion, self._class_names, path + ".csv")
+            try:
+                write_confusion_picture(confusion, self._class_names, path + ".png")
+            except Exception as error:  # a picture costs no score
+                logger.warning("%s.png could not be drawn: %s", path, error)
         self._log_scores(scores, num_images)
         return OrderedDict(sem_seg=scores)
 

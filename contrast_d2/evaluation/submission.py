@@ -22,7 +22,7 @@ from torch import Tensor
 
 from contrast_d2.data.datasets import check_registered, read_records
 from contrast_d2.data.files import add_sizes
-from contrast_d2.data.reading import READ_ERRORS
+from contrast_d2.data.reading import READ_ERRORS, open_image
 
 from .metrics import check_finite_scores, predicted_classes
 
@@ -149,7 +149,7 @@ class SubmissionWriter(DatasetEvaluator):
         """Raises ValueError unless the file of an image has its size and ids of the dataset."""
         path = self._path(record["file_name"])
         try:
-            with PathManager.open(path, "rb") as file, Image.open(io.BytesIO(file.read())) as png:
+            with PathManager.open(path, "rb") as file, open_image(io.BytesIO(file.read())) as png:
                 ids_HW = np.asarray(png)
         except READ_ERRORS as error:
             raise ValueError(f"Cannot read back {path}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from .dashboard_pictures import (
     similarity_figure,
 )
 
+logger = logging.getLogger(__name__)
+
 # Images of the batch that are shown, and bins of the histograms.
 _SHOWN, _BINS = 2, 100
 
@@ -41,7 +44,8 @@ class Dashboard(HookBase):
 
     The newest picture of each kind is also a file in `<output_dir>/dashboard`. The step is the one
     of the training: no number of it, nor any random one, is changed. In all other steps nothing
-    is computed, nor for a model without contrast. To be registered before the hook that writes
+    is computed, nor for a model without contrast. What cannot be drawn or written is logged. To be
+    registered before the hook that writes
     metrics.
 
     Args:
@@ -82,7 +86,10 @@ class Dashboard(HookBase):
     def after_step(self) -> None:
         if self._looks():
             inspection, self._contrast.inspection = self._contrast.inspection, None
-            self._show(inspection, self.trainer.last_batch)  # pyright: ignore[reportAttributeAccessIssue]
+            try:
+                self._show(inspection, self.trainer.last_batch)  # pyright: ignore[reportAttributeAccessIssue]
+            except Exception as error:  # a picture costs no training
+                logger.warning("iteration %d is not shown: %s", self.trainer.iter, error)
 
     def after_train(self) -> None:
         if self._contrast is not None:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..contrast import DrawnPixels, Inspection
+from ..figures import literal_text
 from .compositing import Entry, panels, text_size_for, with_legend
 from .visualize import GRID, LINE_COLORS, MUTED, TEXT
 
@@ -146,6 +147,7 @@ def paint_squares(
         canvas[places[:, 0], places[:, 1]] = value
 
 
+@literal_text()
 def similarity_figure(inspection: Inspection, class_names: Sequence[str]) -> Figure:
     """Mean similarity of anchors and samples by their classes, one matrix for each term.
 
@@ -203,6 +205,7 @@ def class_counts(inspection: Inspection) -> dict[str, dict[str, np.ndarray]]:
     return result
 
 
+@literal_text()
 def bars_figure(
     values: Mapping[str, Mapping[str, np.ndarray]], class_names: Sequence[str], label: str
 ) -> Figure:
@@ -258,6 +261,7 @@ def bars_figure(
     return figure
 
 
+@literal_text()
 def figure_pixels(figure: Figure) -> np.ndarray:
     """(height, width, 3) uint8, RGB: a figure as it is written to a file."""
     canvas = FigureCanvasAgg(figure)

@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from ..figures import literal_text
+
 # Okabe and Ito's colours, which stay apart for colour-blind readers; yellow is left out because
 # it vanishes on white.
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
@@ -98,6 +100,7 @@ def error_map(prediction: np.ndarray, labels: np.ndarray, ignore_label: int) -> 
     return table[kind.astype(np.intp)]
 
 
+@literal_text()
 def comparison_panel(
     image: np.ndarray,
     labels: np.ndarray,
@@ -177,6 +180,7 @@ def comparison_panel(
     return figure
 
 
+@literal_text()
 def plot_curves(
     runs: Mapping[str, Mapping[int, Mapping[str, float]]], *, smoothing: int = 9
 ) -> Figure:
@@ -235,6 +239,7 @@ def plot_curves(
     return figure
 
 
+@literal_text()
 def plot_class_iou(runs: Mapping[str, Mapping[str, float]]) -> Figure:
     """Plot the intersection over union of each class as bars, for one or more runs.
 

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from PIL import Image
 
 from contrast_d2.data import SemSegMapper, num_classes, register_folder
 from contrast_d2.data.datasets import check_registered
+from contrast_d2.data.folder import load_folder_split
 
 from . import published
 
@@ -185,3 +187,43 @@ def test_wrong_split_files_are_told(folder, text, message) -> None:
     register_folder(str(folder))
     with pytest.raises(ValueError, match=rf"street/train\.txt {message}|{message}"):
         DatasetCatalog.get(TRAIN)
+
+
+def test_suffixes_of_any_case_and_folders_below_are_found(tmp_path: Path) -> None:
+    names = ("a.JPG", "b.TIF", "drive 1/c.Png", "drive 1/v1.0/d.webp", "._e.jpg")
+    for name in names:
+        image = tmp_path / "images/train" / name
+        image.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (6, 4)).save(image)
+        label = (tmp_path / "annotations/train" / name).with_suffix(".PNG")
+        label.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (6, 4)).save(label)
+    (tmp_path / "dataset.json").write_text('{"classes": ["a"]}')
+    records = load_folder_split(str(tmp_path), "train")
+    assert [record["image_id"] for record in records] == ["a", "b", "drive 1/c", "drive 1/v1.0/d"]
+    for record in records:
+        assert (record["height"], record["width"]) == (4, 6)
+        assert Path(record["sem_seg_file_name"]).suffix == ".PNG"
+
+
+def test_a_folder_without_images_says_what_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text('{"classes": ["a"]}')
+    folder = tmp_path / "images/train/below"
+    folder.mkdir(parents=True)
+    with pytest.raises(ValueError, match="no images.*it is empty"):
+        load_folder_split(str(tmp_path), "train")
+    for name in ("a.npy", "b.npy", "c.jp2", "README"):
+        (folder / name).touch()
+    with pytest.raises(ValueError, match=r"\.npy \(2\), no ending \(1\), \.jp2 \(1\)"):
+        load_folder_split(str(tmp_path), "train")
+
+
+def test_labels_inside_the_folder_of_images_are_no_images(tmp_path: Path) -> None:
+    (tmp_path / "all/labels").mkdir(parents=True)
+    Image.new("RGB", (6, 4)).save(tmp_path / "all/a.png")
+    Image.new("L", (6, 4)).save(tmp_path / "all/labels/a.png")
+    (tmp_path / "dataset.json").write_text(
+        '{"classes": ["a"], "splits": {"train": {"images": "all", "annotations": "all/labels"}}}'
+    )
+    (record,) = load_folder_split(str(tmp_path), "train")
+    assert record["image_id"] == "a"

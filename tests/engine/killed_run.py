@@ -3,8 +3,9 @@
     killed_run.py MOMENT ITERATION TRAIN_NET_ARGUMENT ...
 
 MOMENT is `step` (before that iteration), `write` (half-way through writing that iteration's
-checkpoint), `rename` (before the complete file gets its name) or `tag` (before `last_checkpoint`
-names it).
+checkpoint), `rename` (before the complete file gets its name), `tag` (before `last_checkpoint`
+names it), `evaluation` (in the evaluation after that iteration), or the name of another signal,
+which it gets before that iteration.
 """
 
 from __future__ import annotations
@@ -27,11 +28,23 @@ def main() -> None:
     import torch
 
     from contrast_d2.engine import Checkpointer, Trainer, checkpoint
+    from contrast_d2.evaluation import SemSegEvaluator
 
     target = f"model_{iteration:07d}.pth"
     if moment == "step":
         run_step = Trainer.run_step
         Trainer.run_step = lambda self: die() if self.iter == iteration else run_step(self)
+    elif moment in signal.Signals.__members__:
+        run_step = Trainer.run_step
+
+        def get_signal(self) -> None:
+            if self.iter == iteration:
+                os.kill(os.getpid(), signal.Signals[moment])
+            run_step(self)
+
+        Trainer.run_step = get_signal
+    elif moment == "evaluation":
+        SemSegEvaluator.evaluate = lambda _: die()
     elif moment == "write":
         save = torch.save
 

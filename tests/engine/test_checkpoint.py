@@ -153,8 +153,33 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], int, str]] = {
         5,
         "model_00: there is no such file",
     ),
+    "a folder": (
+        lambda f: ((f / TAG).unlink(), (f / TAG).mkdir()),
+        5,
+        f"{TAG} is no file",
+    ),
+    "a name outside": (
+        lambda f: (f / TAG).write_text("../model_0000001.pth"),
+        5,
+        "../model_0000001.pth, which is not in its folder",
+    ),
+    "file times of a copy": (
+        lambda f: ((f / TAG).unlink(), os.utime(f / "model_0000001.pth", (9, 9))),
+        5,
+        f"{TAG} is missing",
+    ),
+    "an end before the last": (
+        lambda f: (
+            torch.save(
+                torch.load(f / "model_0000003.pth") | {"iteration": 3}, f / "model_final.pth"
+            ),
+            (f / TAG).unlink(),
+        ),
+        5,
+        f"{TAG} is missing",
+    ),
     "bytes for a name": (
-        lambda f: (f / TAG).write_bytes(b"\xff\0\xfe"),
+        lambda f: (f / TAG).write_bytes(b"\xff\xfe"),
         5,
         "there is no such file",
     ),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from .dying import free_port
-from .test_train_net import CONFIG, ROOT, SMALL, assert_identical, load
+from .test_train_net import CONFIG, ROOT, SMALL, assert_identical, without_config
 
 pytestmark = pytest.mark.slow
 
@@ -36,6 +36,10 @@ def finish(*jobs: subprocess.Popen[str]) -> None:
         assert job.returncode == 0, errors[-3000:]
 
 
+def assert_the_same(a: Path, b: Path) -> None:
+    assert_identical(*(without_config(folder / "model_final.pth") for folder in (a, b)))
+
+
 @pytest.fixture(scope="module")
 def one_launch(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run in two processes of one launch."""
@@ -49,20 +53,20 @@ def test_two_machines_train_what_one_does(one_launch: Path, tmp_path: Path) -> N
     job = ("--num-machines", "2", "--dist-url", url, "--machine-rank")
     finish(*(start(tmp_path, flags=(*job, str(machine))) for machine in (0, 1)))
     assert "Rank of current process: 1. World size: 2" in (tmp_path / "log.txt.rank1").read_text()
-    assert_identical(load(one_launch / "model_final.pth"), load(tmp_path / "model_final.pth"))
+    assert_the_same(one_launch, tmp_path)
 
 
 def test_torchrun_trains_what_a_launch_does(one_launch: Path, tmp_path: Path) -> None:
     finish(start(tmp_path, *TORCHRUN, "2", "--master-port", str(free_port())))
     assert "Rank of current process: 1. World size: 2" in (tmp_path / "log.txt.rank1").read_text()
-    assert_identical(load(one_launch / "model_final.pth"), load(tmp_path / "model_final.pth"))
+    assert_the_same(one_launch, tmp_path)
 
 
 def test_torchrun_on_two_machines(one_launch: Path, tmp_path: Path) -> None:
     job = (*TORCHRUN, "1", "--nnodes", "2", "--master-addr", "127.0.0.1")
     job = (*job, "--master-port", str(free_port()), "--node-rank")
     finish(*(start(tmp_path, *job, str(machine)) for machine in (0, 1)))
-    assert_identical(load(one_launch / "model_final.pth"), load(tmp_path / "model_final.pth"))
+    assert_the_same(one_launch, tmp_path)
 
 
 def test_a_mistake_gets_one_line_of_one_process(tmp_path: Path) -> None:

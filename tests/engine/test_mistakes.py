@@ -109,6 +109,7 @@ OVERRIDES = [
     ("model.backbone=None", "model.backbone=None", "Backbone"),
     (f"{CROP}=64", "crop_size=64", "list"),
     (f"{CROP}=[64]", "crop_size", "height", "width", "[64]"),
+    ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]", "two"),
     ("optimizer.params.base_lr=abc", "optimizer.params.base_lr='abc'", "number", "None"),
     # Classes and datasets.
     ("dataset.num_classes=5", "dataset.num_classes=5", "shapes_sem_seg_train", "9"),
@@ -135,12 +136,18 @@ OVERRIDES = [
     ("lr_multiplier.warmup_iters=-1", "warmup_iters=-1", "0", "max_iter=1"),
     (f"{CROP}=[16,16]", "crop_size=[16, 16]", "32", "res5"),
     (f"{CROP}=[64,0]", "crop_size", "64, 0"),
+    ("train.timeout_minutes=inf", "train.timeout_minutes=inf", "525600"),
+    ("train.timeout_minutes=nan", "train.timeout_minutes=nan", "525600"),
+    (f"train.seed={2**64}", f"train.seed={2**64}", f"{2**64 - 1}"),
+    ("train.best_metric=sem_seg/mIuO", "train.best_metric=sem_seg/mIuO", "sem_seg/mIoU?"),
+    ("train.resume_changes=lr", "train.resume_changes", "list"),
     # The model.
     ("model.backbone.name=resnet1888", "'resnet1888'", "'resnet18'"),
     ("model.backbone.out_features=[res2,res9]", "out_features=['res2', 'res9']", "resnet18"),
     ("model.backbone.output_stride=3", "resnet18", "output_stride=3"),
     ("model.backbone.weights_file=no.pth", "weights_file=no.pth"),
     ("model.sem_seg_head.norm=XX", "norm='XX'", "'BN'"),
+    ("model.sem_seg_head.conv_dims=16", "conv_dims=16", "32"),
     ("model.pixel_mean=[1.0]", "pixel_mean=[1.0]", "pixel_std="),
     ("model.pixel_std=[0,0,0]", "pixel_std=[0, 0, 0]"),
     # The contrast.
@@ -335,6 +342,10 @@ def _damage(root: Path, fault: str) -> None:
         Image.fromarray(np.zeros((64, 96, 3), dtype=np.uint8)).save(label)
     elif fault == "range":
         Image.fromarray(np.full((64, 96), 7, dtype=np.uint8)).save(label)
+    elif fault == "void":
+        Image.fromarray(np.full((64, 96), 255, dtype=np.uint8)).save(label)
+    elif fault == "test":
+        Image.fromarray(np.full((64, 96), 7, dtype=np.uint8)).save(root / "annotations/val/a.png")
 
 
 DATA = {
@@ -346,6 +357,8 @@ DATA = {
     "size": "a.png",
     "mode": "annotations/train/a.png",
     "range": "annotations/train/a.png",
+    "void": "annotations/train/a.png",
+    "test": "annotations/val/a.png",
 }
 
 
@@ -373,6 +386,15 @@ dataset.num_classes = 2
         with subtests.test(fault):
             one = "dataloader.train.total_batch_size=1"
             check(run("--config-file", str(experiment), *settings, one), place)
+
+
+def test_a_batch_of_one_value(run: Run, tmp_path: Path) -> None:
+    one = ["dataloader.train.total_batch_size=1", f"{CROP}=[32,32]", *SMALL_NETWORK[:1]]
+    check(
+        run("--config-file", CONFIG, f"train.output_dir={tmp_path}", *QUICK, *one),
+        *("total_batch_size=1", "crop_size=[32, 32]", "batch norm"),
+    )
+    assert not written(tmp_path)
 
 
 def test_a_mistake_leaves_an_earlier_run_as_it_was(run: Run, tmp_path: Path) -> None:

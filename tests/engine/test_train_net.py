@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from contrast_d2.engine import last_checkpoint, load_config, load_trained
+from contrast_d2.engine import STOPPED, last_checkpoint, load_config, load_trained
 
 ROOT = Path(__file__).parents[2]
 CONFIG = "configs/shapes/semfpn_r18_ms_cs_demo.py"
@@ -100,6 +100,11 @@ def assert_identical(a: Any, b: Any) -> None:
             assert value == b[path], path
 
 
+def without_config(path: Path) -> dict[str, Any]:
+    """A checkpoint but for the config, in which the folder is another one."""
+    return {key: value for key, value in load(path).items() if key != "config"}
+
+
 def metrics_rows(output_dir: Path) -> list[dict[str, float]]:
     lines = (output_dir / "metrics.json").read_text().splitlines()
     return [json.loads(line) for line in lines]
@@ -181,15 +186,129 @@ def test_a_killed_and_resumed_run_ends_bit_identical(whole_run: Path, tmp_path: 
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
     kill(tmp_path, "rename", 7, "--resume")
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000005.pth"
+    restarts = json.loads((tmp_path / "run.json").read_text())["restarts"]
+    assert [restart["iteration"] for restart in restarts] == [4, 4, 6]
     train(tmp_path, flags=("--resume",))
     assert not list(tmp_path.glob("*.tmp"))
     for name in ("model_final.pth", "model_best.pth", "model_inference.pth"):
-        assert_identical(load(whole_run / name), load(tmp_path / name))
+        assert_identical(without_config(whole_run / name), without_config(tmp_path / name))
     assert without_times(whole_run) == without_times(tmp_path)
     assert sorted(p.name for p in tmp_path.glob("model_0*")) == [
         "model_0000005.pth",
         "model_0000007.pth",
     ]
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_stops_on_request_and_goes_on(
+    number: signal.Signals, whole_run: Path, tmp_path: Path
+) -> None:
+    arguments = ["--config-file", CONFIG, *SMALL, f"train.output_dir={tmp_path}"]
+    result = run(number.name, "4", *arguments, script="tests/engine/killed_run.py")
+    assert result.returncode == STOPPED, result.stderr[-3000:]
+    assert "Traceback" not in result.stdout + result.stderr
+    last = (tmp_path / "last_checkpoint").read_text()
+    assert last in ("model_0000004.pth", "model_0000005.pth")  # its own step, or the next one
+    assert not (tmp_path / "owner.json").exists()
+    train(tmp_path, flags=("--resume",))
+    for name in ("model_final.pth", "model_best.pth", "model_inference.pth"):
+        assert_identical(without_config(whole_run / name), without_config(tmp_path / name))
+    assert without_times(whole_run) == without_times(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whose", ["getpid", "getppid"])
+def test_two_processes_stop_together(whose: str, tmp_path: Path) -> None:
+    """Where the signal goes to the second of them, and where it goes to their launcher."""
+    module = tmp_path / "gets_signal.py"
+    module.write_text(
+        f"""
+import os, signal
+from detectron2.utils import comm
+from contrast_d2.engine import Trainer
+
+run_step = Trainer.run_step
+
+def get_signal(self):
+    if self.iter == 2 and comm.get_rank() == 1:
+        os.kill(os.{whose}(), signal.SIGTERM)
+    run_step(self)
+
+Trainer.run_step = get_signal
+"""
+    )
+    folder = tmp_path / "run"
+    flags = ("--num-gpus", "2", "--import", str(module))
+    # No step of 100 is the last before the signal arrives.
+    settings = [*SMALL, "train.max_iter=100", "train.eval_period=0", f"train.output_dir={folder}"]
+    result = run("--config-file", CONFIG, *flags, *settings)
+    assert result.returncode == STOPPED, result.stderr[-3000:]
+    assert "Traceback" not in result.stdout + result.stderr
+    last = folder / (folder / "last_checkpoint").read_text()
+    assert load(last)["trainer"]["iteration"] >= 2
+
+
+def test_a_kill_in_an_evaluation_costs_no_step(whole_run: Path, tmp_path: Path) -> None:
+    kill(tmp_path, "evaluation", 3)
+    assert (tmp_path / "last_checkpoint").read_text() == "model_0000003.pth"
+    train(tmp_path, flags=("--resume",))
+    assert "Starting training from iteration 4" in (tmp_path / "log.txt").read_text()
+    for name in ("model_final.pth", "model_best.pth", "model_inference.pth"):
+        assert_identical(without_config(whole_run / name), without_config(tmp_path / name))
+    assert without_times(whole_run) == without_times(tmp_path)
+
+
+def test_an_evaluation_that_fails_ends_no_training(tmp_path: Path) -> None:
+    module = tmp_path / "fails.py"
+    module.write_text(
+        """
+from contrast_d2.evaluation import SemSegEvaluator
+
+def fail(self, inputs, outputs):
+    raise ValueError("x.png: holds the value 77, which is no class.")
+
+SemSegEvaluator.process = fail
+"""
+    )
+    folder = tmp_path / "run"
+    arguments = ["--config-file", CONFIG, *SMALL, f"train.output_dir={folder}"]
+    result = run(*arguments[:2], "--import", str(module), *arguments[2:])
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: the training is complete") and "x.png" in last
+    assert "--eval-only" in last
+    assert (folder / "last_checkpoint").read_text() == "model_final.pth"
+    assert (folder / "model_inference.pth").exists()
+    assert [row["iteration"] for row in metrics_rows(folder)] == list(range(8))
+
+
+def test_another_experiment_is_not_resumed(whole_run: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    arguments = ["--config-file", CONFIG, "--resume", *SMALL, f"train.output_dir={tmp_path}"]
+    result = run(*arguments, "optimizer.lr=0.5", "model.contrast.temperature=0.2")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    rows = result.stderr.strip().splitlines()
+    assert any(row.startswith("  optimizer.lr=0.5, was 0.00") for row in rows)
+    assert any(row.startswith("  model.contrast.temperature=0.2, was ") for row in rows)
+    assert "train.resume_changes=[model.contrast.temperature, optimizer.lr]" in rows[-1]
+    after = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    del before["log.txt"], after["log.txt"]
+    assert before == after
+    # A longer training, and a rate that was meant, are taken up.
+    longer = ["train.max_iter=10", "train.resume_changes=[optimizer.lr]", "optimizer.lr=0.5"]
+    train(tmp_path, *longer, flags=("--resume",))
+    metrics = last_metrics(tmp_path)
+    assert metrics[9]["lr"] == pytest.approx(0.5 * (1 - 9 / 10) ** 0.9)
+    saved = load_config(str(tmp_path / "config.yaml"))
+    assert (saved.optimizer.lr, saved.train.max_iter) == (0.5, 10)
 
 
 @pytest.mark.slow
@@ -205,7 +324,7 @@ def test_a_memory_bank_survives_a_kill(tmp_path: Path) -> None:
     kill(killed, "step", 5, *memory, config=MEMORY_CONFIG)
     assert (killed / "last_checkpoint").read_text() == "model_0000003.pth"
     train(killed, *memory, flags=("--resume",), config=MEMORY_CONFIG)
-    final = [load(path / "model_final.pth") for path in (whole, killed)]
+    final = [without_config(path / "model_final.pth") for path in (whole, killed)]
     assert_identical(*final)
     bank = {n.rpartition(".")[2]: x for n, x in final[0]["model"].items() if "memory" in n}
     regions, pixels = bank["filled"].split(9)
@@ -240,7 +359,7 @@ def test_a_full_disk_stops_with_one_line_and_loses_nothing(whole_run: Path, tmp_
         subprocess.run(["mount", "-o", f"remount,size={8 * size}", str(disk)], check=True)
         train(disk, flags=("--resume",))
         for name in ("model_final.pth", "model_best.pth", "model_inference.pth"):
-            assert_identical(load(whole_run / name), load(disk / name))
+            assert_identical(without_config(whole_run / name), without_config(disk / name))
         assert without_times(whole_run) == without_times(disk)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -262,7 +381,7 @@ def test_a_kill_before_the_first_checkpoint_starts_anew(whole_run: Path, tmp_pat
     kill(tmp_path, "write", 1)
     assert not (tmp_path / "last_checkpoint").exists()
     train(tmp_path, "dataloader.train.num_workers=0", flags=("--resume",))
-    final = [load(path / "model_final.pth") for path in (whole_run, tmp_path)]
+    final = [without_config(path / "model_final.pth") for path in (whole_run, tmp_path)]
     assert_identical(*final)
 
 
@@ -291,7 +410,7 @@ def test_eval_only_repeats_the_last_evaluation(whole_run: Path, weights: str) ->
 def test_a_resumed_run_does_not_need_what_it_started_from(whole_run: Path, tmp_path: Path) -> None:
     shutil.copytree(whole_run, tmp_path, dirs_exist_ok=True)
     train(tmp_path, LOST_WEIGHTS, flags=("--resume",))
-    final = [load(path / "model_final.pth") for path in (whole_run, tmp_path)]
+    final = [without_config(path / "model_final.pth") for path in (whole_run, tmp_path)]
     assert_identical(*final)
     result = run(str(tmp_path), "--images", "1", script="tools/plot_run.py")
     assert result.returncode == 0, result.stderr[-3000:]
@@ -340,7 +459,7 @@ def test_a_mistake_inside_a_process_gets_one_line(tmp_path: Path) -> None:
 
 def test_a_broken_sample_is_named_in_one_line(tmp_path: Path) -> None:
     """The error crosses from a data worker; what reaches the user is the sentence alone."""
-    module = tmp_path / "broken.py"
+    module, missing = tmp_path / "broken.py", tmp_path / "no.png"
     module.write_text(
         f"""
 from detectron2.config import LazyConfig
@@ -354,7 +473,7 @@ MetadataCatalog.get("broken_train").set(
 )
 if "broken_train" not in DatasetCatalog.list():
     DatasetCatalog.register("broken_train", lambda: [
-        {{"file_name": {str(tmp_path / "no.png")!r}, "sem_seg_file_name": "x.png"}}
+        DatasetCatalog.get("shapes_sem_seg_train")[0] | {{"file_name": {str(missing)!r}}}
     ] * 4)
 dataset.train = "broken_train"
 """

@@ -18,7 +18,14 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 import contrast_d2.engine.trainer as trainer_module
-from contrast_d2.engine import NonFiniteLossError, Trainer, WeightAverage
+from contrast_d2.engine import (
+    STOPPED,
+    AfterCheckpoint,
+    NonFiniteLossError,
+    Trainer,
+    WeightAverage,
+)
+from contrast_d2.engine.stopping import TrainingStopped
 from contrast_d2.engine.trainer import MOST_SKIPPED, Batch
 from contrast_d2.files import DiskFullError
 
@@ -502,3 +509,59 @@ def test_the_loss_scaler_is_part_of_what_is_resumed() -> None:
     other = make(2, amp_dtype="fp16")
     other.load_state_dict(state)
     assert other.state_dict()["scaler"]["scale"] == 128.0
+
+
+# --- A stop on request.
+
+
+class Asks(HookBase):
+    """Asks for a stop before an iteration, and notes the steps that were taken."""
+
+    def __init__(self, iteration: int) -> None:
+        self._iteration = iteration
+        self.done: list[int] = []
+
+    def before_step(self) -> None:
+        if self.trainer.iter == self._iteration:
+            self.trainer.request_stop()
+
+    def after_step(self) -> None:
+        self.done.append(self.trainer.iter)
+
+
+def test_a_stop_comes_after_the_checkpoint_and_before_the_rest(subtests: pytest.Subtests) -> None:
+    for reads_at_once in (False, True):
+        with subtests.test(reads_at_once=reads_at_once):
+            trainer, asks, late = make(2), Asks(3), Asks(-1)
+            read = [hooks.CallbackHook(after_step=lambda t: t.catch_up())] if reads_at_once else []
+            trainer.register_hooks([asks, *read, AfterCheckpoint(), late])
+            with pytest.raises(TrainingStopped) as stop:
+                trainer.train(0, 10)
+            # The same, whether the step's numbers were read at once or late.
+            assert asks.done == [0, 1, 2, 3, 4] and late.done == [0, 1, 2, 3]
+            assert stop.value.code == STOPPED == 75
+    trainer, asks = make(2), Asks(9)
+    trainer.register_hooks([asks, AfterCheckpoint()])
+    trainer.train(0, 10)  # no step is left to be saved by a stop
+    assert asks.done == list(range(10))
+
+
+def test_a_resumed_run_makes_up_for_what_follows_a_checkpoint() -> None:
+    trainer, before, late = make(2), Asks(-1), Asks(-1)
+    trainer.register_hooks([before, AfterCheckpoint(), late])
+    trainer.train(5, 7)
+    assert before.done == [5, 6] and late.done == [4, 5, 6]
+
+
+def test_settings_of_the_optimizer_are_those_of_the_config() -> None:
+    first = make(2)
+    first.train(0, 3)
+    state = deepcopy(first.state_dict())
+    second = make(2, optimizer=partial(SGD, lr=0.7, momentum=0.5))
+    second.load_state_dict(state)
+    (group,) = second.optimizer.param_groups
+    assert (group["lr"], group["initial_lr"], group["momentum"]) == (0.7, 0.7, 0.5)
+    ours, theirs = (t.optimizer.state_dict()["state"] for t in (first, second))
+    assert all(
+        torch.equal(ours[i]["momentum_buffer"], x["momentum_buffer"]) for i, x in theirs.items()
+    )

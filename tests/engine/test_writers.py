@@ -15,7 +15,7 @@ import pytest
 import torch
 from detectron2.utils.events import EventStorage, EventWriter, TensorboardXWriter
 
-from contrast_d2.engine import load_config
+from contrast_d2.engine import DispensableWriter, MetricsWriter, load_config
 from contrast_d2.engine import writers as module
 from contrast_d2.engine.checks import check_config
 from contrast_d2.engine.writers import MlflowWriter, WandbWriter, check_writers, open_writers
@@ -273,3 +273,35 @@ def test_the_writers_that_are_asked_for_are_opened(mlflow_folder: Path, wandb: F
     assert [type(writer) for writer in opened] == [WandbWriter, MlflowWriter]
     for writer in opened:
         writer.close()
+
+
+# --- What a training can do without.
+
+
+class Fails(EventWriter):
+    """A writer whose disk or server is gone."""
+
+    def write(self) -> None:
+        raise OSError("the disk is gone")
+
+    def close(self) -> None:
+        raise ConnectionError("the server is gone")
+
+
+def test_a_writer_that_fails_ends_no_training(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("WARNING", "contrast_d2"):
+        put_and_write(DispensableWriter(Fails()), folder)
+    assert "Fails: metrics are lost: the disk is gone" in caplog.text
+    assert "Fails does not close: the server is gone" in caplog.text
+
+
+def test_pictures_do_not_pile_up_for_a_writer_that_fails(folder: Path) -> None:
+    hook = MetricsWriter(lambda: [DispensableWriter(Fails())], 1, str(folder))
+    with EventStorage(0) as storage:
+        hook.trainer = SimpleNamespace(iter=0, max_iter=9, storage=storage, catch_up=int)
+        hook.before_train()
+        storage.put_image("picture", PICTURE)
+        hook.after_step()
+        assert not storage._vis_data

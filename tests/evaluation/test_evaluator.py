@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import gc
 import inspect
 import json
@@ -20,7 +21,9 @@ from PIL import Image
 
 import contrast_d2.data  # noqa: F401  (registers the datasets)
 from contrast_d2.evaluation import BoundaryIoU, Measure, SemSegEvaluator, TrimapIoU
+from contrast_d2.evaluation import evaluator as module
 from contrast_d2.evaluation.confusion_files import plot_confusion, write_confusion_picture
+from contrast_d2.files import DiskFullError
 from tests.helpers import run_processes
 
 from .catalog import register
@@ -345,3 +348,32 @@ def test_counts_stay_on_the_device(make_dataset):
     evaluator.process(records[:1], [{"sem_seg": outputs[0].cuda()}])
     confusion = evaluator._confusion
     assert (confusion.device.type, confusion.dtype) == ("cuda", torch.int64)
+
+
+def test_names_that_look_like_formulas_are_drawn(tmp_path: Path) -> None:
+    names = ["$\\frac$", "a$b_c$", "line\nbreak"]
+    write_confusion_picture(torch.eye(3), names, str(tmp_path / "confusion.png"))
+    assert (tmp_path / "confusion.png").stat().st_size > 0
+    figure = plot_confusion(torch.eye(3), names)
+    assert not any(label.get_parse_math() for label in figure.axes[0].get_xticklabels())
+
+
+def test_a_full_disk_and_a_picture_that_cannot_be_drawn(
+    make_dataset, tmp_path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    labels = random_labels(0, (8, 8), (0, 1, 2, 3))
+    name = make_dataset([labels], CLASSES)
+    outputs = [scores_like(labels, 0, 4, None)]
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(module, "write_confusion_picture", fail)
+    evaluator = SemSegEvaluator(name, output_dir=str(tmp_path / "out"))
+    with caplog.at_level("WARNING", "contrast_d2"):
+        scores = run(evaluator, DatasetCatalog.get(name), outputs)["sem_seg"]
+    assert set(scores) == evaluator.score_names
+    assert "confusion_matrix.png could not be drawn" in caplog.text
+    monkeypatch.setattr(module, "write_confusion_csv", fail)
+    with pytest.raises(DiskFullError, match=f"{tmp_path / 'out'} could not be written"):
+        run(evaluator, DatasetCatalog.get(name), outputs)

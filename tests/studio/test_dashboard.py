@@ -159,6 +159,19 @@ def test_a_failed_step_leaves_no_inspection(tmp_path: Path) -> None:
     assert contrast.inspection is None
 
 
+def test_a_picture_that_cannot_be_drawn_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such font")
+
+    monkeypatch.setattr(module, "similarity_figure", fail)
+    with caplog.at_level("WARNING", "contrast_d2"):
+        trainer = train(tmp_path, 3, tiny_contrast())
+    assert trainer.iter == 6
+    assert caplog.text.count("is not shown: no such font") == 2
+
+
 def test_a_sum_of_methods_shows_each(tmp_path: Path) -> None:
     torch.manual_seed(1)
     contrast = ContrastSum({"one": tiny_contrast(), "two": tiny_contrast()})

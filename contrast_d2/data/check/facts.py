@@ -17,6 +17,7 @@ import numpy as np
 from detectron2.utils.file_io import PathManager
 from PIL import Image, ImageOps
 
+from .. import reading
 from ..classes import Color
 from ..files import Record
 from ..labels import LABEL_MODES
@@ -92,7 +93,7 @@ def read_pair(split: str, record: Record, id_to_class: Mapping[int, int]) -> Pai
 def open_image(path: str) -> Image.Image:
     """Reads and decodes a file in full; Pillow's exceptions are the caller's."""
     with PathManager.open(path, "rb") as file:
-        image = Image.open(io.BytesIO(file.read()))
+        image = reading.open_image(io.BytesIO(file.read()))
     image.load()
     return image
 

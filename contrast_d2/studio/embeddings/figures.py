@@ -11,12 +11,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ...figures import literal_text
 from ..visualize import MUTED, TEXT
 
 # Up to so many classes the cells of a similarity matrix hold numbers.
 _MOST_NUMBERED = 24
 
 
+@literal_text()
 def plot_planes(
     planes: Mapping[str, np.ndarray],
     labels: np.ndarray,
@@ -81,6 +83,7 @@ def plot_planes(
     return figure
 
 
+@literal_text()
 def plot_class_similarity(
     similarity: Mapping[str, np.ndarray], class_names: Sequence[str]
 ) -> Figure:
