@@ -76,6 +76,7 @@ TERMS = {
         *("contextrast_res2", "contextrast_res3", "contextrast_res4", "contextrast_res5"),
     ],
     "ms_cs_pyramid": ["p2", "p3", "p4", "p5", "p2_p5", "p2_p4"],
+    "ms_cs_release_majority": ["res2", "res3", "res4", "res5", "res2_res5", "res2_res4"],
     "pixel": ["p2"],
     "pixel_boundary": ["p2"],
     "pixel_memory": ["p2"],
@@ -347,6 +348,7 @@ def method_settings(method: ContrastMethod, gpus: int) -> dict[str, Any]:
             if pair.anchors != pair.contrast
         ]
         found["count_empty"] = method.count_empty_anchors
+        found["label_sampling"] = method.label_sampling
     found["weight"] = None if weight is None else round(weight, 6)
     sampler = getattr(method, "sampler", None)
     if sampler is not None:

@@ -18,7 +18,7 @@ from .pairs import SemiHardPairs
 from .pixel import PixelContrast
 from .pne import PNE
 from .projector import MultiScaleProjector, Norm, Projection
-from .sampling import BalancedSampler, Sampler
+from .sampling import BalancedSampler, LabelSampling, Sampler
 
 CrossScale = Sequence[tuple[str, str, float]]
 
@@ -114,11 +114,18 @@ def ms_cs_release(
     temperature: float = 0.1,
     max_anchors: int = 10_000,
     embed_dim: int = 256,
+    label_sampling: LabelSampling = "nearest",
     across_processes: bool = False,
 ) -> MultiScaleContrast:
     """Multi- and cross-scale contrast as its official code does it: the same number of anchors
     for every image and class with at least 5 pixels, projectors of one hidden block, and a mean
-    that counts anchors without positives. Arguments as in `ms_cs`."""
+    that counts anchors without positives.
+
+    Args:
+        label_sampling: "majority" is the default of its code, which all of its configurations
+            override with "nearest".
+        others: as in `ms_cs`.
+    """
     return MultiScaleContrast(
         MultiScaleProjector(channels, embed_dim, num_hidden=1, bn_momentum=3e-4),
         BalancedSampler(
@@ -134,6 +141,7 @@ def ms_cs_release(
         temperature=temperature,
         count_empty_anchors=True,
         across_processes=across_processes,
+        label_sampling=label_sampling,
     )
 
 

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from .sets import PixelDraw, host_group, on_device, stack_processes, world_size
 
 Balance = Literal["class", "image_class"]
+LabelSampling = Literal["nearest", "majority"]
 
 
 def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
@@ -48,6 +49,46 @@ def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     return labels[..., rows[:, None], columns]
 
 
+def majority_labels(labels: Tensor, size: Sequence[int], num_classes: int) -> Tensor:
+    """Down-sampling of a label map by a vote: each output pixel has the class of most that it covers.
+
+    Output pixel i covers input pixels floor(i * H / h) to floor((i + 1) * H / h) - 1. Ignored
+    pixels vote as one more class; of equal numbers of votes the lowest class wins, and a class wins
+    over what is ignored.
+
+    Args:
+        labels: (B, H, W) integers on the host; others than 0..K-1 are ignored.
+        size: (h, w), at most (H, W).
+        num_classes: K.
+
+    Returns:
+        (B, h, w) int64, K where what is ignored has won.
+
+    Raises:
+        ValueError: a size above that of the labels.
+
+    Reference: the official code of Pissas et al., ECCV 2022, offers it as `avg_pool`; its
+        experiments take the nearest pixel.
+    """
+    height, width = labels.shape[-2:]
+    h, w = size
+    if h > height or w > width:
+        raise ValueError(
+            f"majority_labels: labels of {height}x{width} cannot be down-sampled to {h}x{w}. Take "
+            "the nearest ones."
+        )
+    # The last output pixel that begins no later than the input pixel.
+    rows = ((torch.arange(height) + 1) * h - 1) // height
+    columns = ((torch.arange(width) + 1) * w - 1) // width
+    cells = (torch.arange(len(labels))[:, None] * h + rows)[..., None] * w + columns
+    known = (labels >= 0) & (labels < num_classes)
+    votes = cells * (num_classes + 1) + torch.where(known, labels.long(), num_classes)
+    counts = torch.bincount(votes.flatten(), minlength=len(labels) * h * w * (num_classes + 1))
+    # Of equal counts numpy's argmax is the first, and torch's may be any.
+    winners = counts.view(len(labels), h, w, num_classes + 1).numpy().argmax(axis=3)
+    return torch.from_numpy(winners)
+
+
 class Batch:
     """What a contrast method sees of one step.
 
@@ -58,6 +99,8 @@ class Batch:
         logits: (B, K, h', w') class scores; None where there are none.
         generator: source of random numbers, on the host; None for the default one.
         across_processes: balance and contrast the global batch, not the images of each process.
+        voters: number of classes among which a pixel of a map takes that of most labels that it
+            covers; None for the nearest label.
 
     Attributes:
         device: of the maps.
@@ -70,19 +113,21 @@ class Batch:
         logits: Tensor | None = None,
         generator: torch.Generator | None = None,
         across_processes: bool = False,
+        voters: int | None = None,
     ) -> None:
         self.maps = maps
         self.labels = labels.cpu()
         self.logits = logits
         self.generator = generator
         self.across_processes = across_processes
+        self.voters = voters
         self.device = next(iter(maps.values())).device
-        self._at_size: dict[tuple[str, torch.Size], Tensor] = {}
+        self._at_size: dict[tuple[str, int | None, torch.Size], Tensor] = {}
         self._device_generator: torch.Generator | None = None
 
-    def with_maps(self, maps: Mapping[str, Tensor]) -> Batch:
-        """The same step, seen on other maps."""
-        other = Batch(maps, self.labels, self.logits, self.generator, self.across_processes)
+    def with_maps(self, maps: Mapping[str, Tensor], voters: int | None = None) -> Batch:
+        """The same step, seen on other maps, and with other `voters`."""
+        other = Batch(maps, self.labels, self.logits, self.generator, self.across_processes, voters)
         other._at_size = self._at_size
         return other
 
@@ -93,15 +138,19 @@ class Batch:
 
     def host_labels(self, feature: str) -> Tensor:
         """(B, h, w) labels at the size of a map, on the host."""
-        key = "host", self.maps[feature].shape[-2:]
+        key = "host", self.voters, self.maps[feature].shape[-2:]
         if key not in self._at_size:
+            if self.voters is None:
+                label_map = downsample_labels(self.labels, key[2])
+            else:
+                label_map = majority_labels(self.labels, key[2], self.voters)
             # Contiguous, for it is read several times.
-            self._at_size[key] = downsample_labels(self.labels, key[1]).contiguous()
+            self._at_size[key] = label_map.contiguous()
         return self._at_size[key]
 
     def label_map(self, feature: str) -> Tensor:
         """(B, h, w) int64 labels at the size of a map, on its device."""
-        key = "labels", self.maps[feature].shape[-2:]
+        key = "labels", self.voters, self.maps[feature].shape[-2:]
         if key not in self._at_size:
             self._at_size[key] = on_device(self.host_labels(feature), self.device).long()
         return self._at_size[key]
@@ -122,7 +171,7 @@ class Batch:
 
         Scores are resized, not classes: a resized score is a mixture, a resized class is not.
         """
-        key = "predictions", self.maps[feature].shape[-2:]
+        key = "predictions", None, self.maps[feature].shape[-2:]
         if key not in self._at_size:
             with torch.no_grad():
                 self._at_size[key] = self.scores(feature).argmax(dim=1)

@@ -64,6 +64,7 @@ METHODS: Mapping[str, Callable[[], nn.Module]] = {
     "ms_cs sampled, layer norm": lambda: multi_scale(projection="sampled", norm="layer"),
     "ms_cs boundary negatives": lambda: multi_scale(negatives=BoundaryNegatives(K)),
     "ms_cs_release": lambda: ms_cs_release(CHANNELS, K, **FEW),
+    "ms_cs_release majority": lambda: ms_cs_release(CHANNELS, K, label_sampling="majority", **FEW),
     "pixel": pixel,
     "pixel memory": lambda: pixel(memory=bank()),
     "pixel memory, some keys": lambda: pixel(memory=bank(max_per_class=4)),
@@ -254,6 +255,8 @@ def test_an_inspection_changes_nothing(name: str) -> None:
     assert found.draws and found.similarities
     for draws in found.draws.values():
         for draw in draws.values():
+            if "majority" in name:  # the pixel that is shown may be of another class
+                continue
             assert torch.equal(batch[1][draw.image, draw.row, draw.column].long(), draw.labels)
     for similarities in found.similarities.values():
         for cosines in similarities[:2]:
