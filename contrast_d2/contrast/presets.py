@@ -10,15 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from .centres import CentreRegulariser
+from .clusters import ClusteredPrototypes
 from .contextual import Contextrast, Negatives
 from .hard_sampling import HardAnchorSampler
 from .memory import MemoryBank
 from .multiscale import MultiScaleContrast
 from .pairs import SemiHardPairs
-from .pixel import PixelContrast
+from .pixel import Admission, PixelContrast
 from .pne import PNE
 from .projector import MultiScaleProjector, Norm, Projection
+from .prototypes import FixedPrototypes
+from .region import Centres, RegionContrast
 from .sampling import BalancedSampler, LabelSampling, Sampler
+from .tree import TreeTriplets
 
 CrossScale = Sequence[tuple[str, str, float]]
 
@@ -157,6 +162,7 @@ def pixel_contrast(
     memory: MemoryBank | None = None,
     pairs: SemiHardPairs | None = None,
     negatives: Sampler | None = None,
+    admission: Admission = "all",
     embed_dim: int = 256,
     across_processes: bool = False,
 ) -> PixelContrast:
@@ -172,7 +178,7 @@ def pixel_contrast(
             have 0.07.
         max_anchors: of the whole batch.
         warmup_iters: iterations without contrast; of 40,000 the official code has 5000.
-        memory, pairs, negatives: as in `PixelContrast`.
+        memory, pairs, negatives, admission: as in `PixelContrast`.
         embed_dim: as in `MultiScaleProjector`.
         across_processes: as in `ContrastMethod`.
 
@@ -188,6 +194,7 @@ def pixel_contrast(
         memory=memory,
         pairs=pairs,
         negatives=negatives,
+        admission=admission,
         warmup_iters=warmup_iters,
         across_processes=across_processes,
     )
@@ -334,6 +341,191 @@ def pne_release(
         samples_per_group=100,
         max_hard=max_hard,
         official_code=True,
+        across_processes=across_processes,
+    )
+
+
+def region_contrast(
+    channels: Mapping[str, int],
+    num_classes: int,
+    memory: MemoryBank,
+    *,
+    feature: str | None = None,
+    centres: Centres = "dynamic",
+    weight: float = 1.0,
+    temperature: float = 0.2,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> RegionContrast:
+    """Region contrast by the equations of its paper, through the head of pixel contrast, which is
+    ours: the official code contrasts the decoder's features as they are.
+
+    Args:
+        channels: of the feature map, by its name.
+        num_classes: K.
+        memory, centres, weight, temperature: as in `RegionContrast`.
+        feature: which map, where `channels` has several.
+        embed_dim: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Hu et al., ICCV 2021.
+    """
+    return RegionContrast(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        num_classes,
+        memory,
+        feature=_only(channels) if feature is None else feature,
+        centres=centres,
+        weight=weight,
+        temperature=temperature,
+        across_processes=across_processes,
+    )
+
+
+def fixed_prototypes(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    feature: str | None = None,
+    weight: float = 0.1,
+    temperature: float = 0.1,
+    max_anchors: int = 10_000,
+    min_per_class: int = 32,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> FixedPrototypes:
+    """Fixed prototypes as anchors of class-balanced pixels. Of the paper we have the abstract: all
+    values are ours.
+
+    Args:
+        channels: of the feature map, by its name.
+        num_classes: K.
+        feature: which map, where `channels` has several.
+        weight, temperature: as in `FixedPrototypes`.
+        max_anchors, min_per_class: pixels, as in `BalancedSampler`.
+        embed_dim: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Ren et al., TCSVT 2024.
+    """
+    return FixedPrototypes(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        BalancedSampler(num_classes, max_anchors=max_anchors, min_per_class=min_per_class),
+        feature=_only(channels) if feature is None else feature,
+        weight=weight,
+        temperature=temperature,
+        across_processes=across_processes,
+    )
+
+
+def clustered_prototypes(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    feature: str | None = None,
+    prototypes_per_class: int = 10,
+    weight: float = 0.01,
+    distance_weight: float = 0.001,
+    temperature: float = 0.1,
+    momentum: float = 0.999,
+    max_anchors: int = 10_000,
+    min_per_class: int = 32,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> ClusteredPrototypes:
+    """Clustered prototypes beside the classifier, with the values of the official code where they
+    are its classifier; sampler, projector and temperature are ours.
+
+    Args:
+        channels: of the feature map, by its name.
+        num_classes: K.
+        feature: which map, where `channels` has several.
+        prototypes_per_class, weight, distance_weight, temperature, momentum: as in
+            `ClusteredPrototypes`.
+        max_anchors, min_per_class: pixels, as in `BalancedSampler`.
+        embed_dim: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Zhou et al., "Rethinking Semantic Segmentation: A Prototype View", CVPR 2022.
+    """
+    return ClusteredPrototypes(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        BalancedSampler(num_classes, max_anchors=max_anchors, min_per_class=min_per_class),
+        feature=_only(channels) if feature is None else feature,
+        prototypes_per_class=prototypes_per_class,
+        weight=weight,
+        distance_weight=distance_weight,
+        temperature=temperature,
+        momentum=momentum,
+        across_processes=across_processes,
+    )
+
+
+def centre_regulariser(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    feature: str | None = None,
+    weight: float = 0.8,
+    scale: float = 5.0,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> CentreRegulariser:
+    """The centre regulariser with weight and scale of its official code, and a projector of ours.
+
+    Args:
+        channels: of the feature map, by its name.
+        num_classes: K.
+        feature: which map, where `channels` has several.
+        weight, scale: as in `CentreRegulariser`.
+        embed_dim: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Zhong et al., CVPR 2023.
+    """
+    return CentreRegulariser(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        num_classes,
+        feature=_only(channels) if feature is None else feature,
+        weight=weight,
+        scale=scale,
+        across_processes=across_processes,
+    )
+
+
+def tree_triplets(
+    channels: Mapping[str, int],
+    num_classes: int,
+    groups: Mapping[str, Sequence[int]],
+    *,
+    feature: str | None = None,
+    margin: float = 0.6,
+    weight: float = 0.5,
+    max_anchors: int = 10_000,
+    min_per_class: int = 32,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> TreeTriplets:
+    """Triplets along a class tree, with margin, weight and projector of a public code of HSSN.
+
+    Args:
+        channels: of the feature map, by its name.
+        num_classes: K.
+        groups, margin, weight: as in `TreeTriplets`.
+        feature: which map, where `channels` has several.
+        max_anchors, min_per_class: pixels, as in `BalancedSampler`.
+        embed_dim: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Li et al., CVPR 2022.
+    """
+    return TreeTriplets(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        BalancedSampler(num_classes, max_anchors=max_anchors, min_per_class=min_per_class),
+        groups,
+        feature=_only(channels) if feature is None else feature,
+        margin=margin,
+        weight=weight,
         across_processes=across_processes,
     )
 

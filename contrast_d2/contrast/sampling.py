@@ -50,7 +50,7 @@ def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def majority_labels(labels: Tensor, size: Sequence[int], num_classes: int) -> Tensor:
-    """Down-sampling of a label map by a vote: each output pixel has the class of most that it covers.
+    """Down-sampling of a label map by vote: an output pixel has the class of most that it covers.
 
     Output pixel i covers input pixels floor(i * H / h) to floor((i + 1) * H / h) - 1. Ignored
     pixels vote as one more class; of equal numbers of votes the lowest class wins, and a class wins

@@ -17,14 +17,17 @@ from contrast_d2.contrast import (
     PNE,
     BalancedSampler,
     BoundaryNegatives,
+    CentreRegulariser,
     Contextrast,
     ContextrastPlus,
     ContrastSum,
+    FixedPrototypes,
     HardAnchorSampler,
     MemoryBank,
     MultiScaleContrast,
     MultiScaleProjector,
     PixelContrast,
+    RegionContrast,
 )
 
 NUM_CLASSES = 5
@@ -81,6 +84,20 @@ def _memory() -> MemoryBank:
     )
 
 
+def _region() -> RegionContrast:
+    memory = MemoryBank(NUM_CLASSES, 6, regions_per_class=2 * NUM_IMAGES, pixels_per_class=0)
+    return RegionContrast(_projector(), NUM_CLASSES, memory, feature="res2", across_processes=True)
+
+
+def _fixed() -> FixedPrototypes:
+    sampler = BalancedSampler(NUM_CLASSES, max_anchors=ALL, min_per_class=ALL)
+    return FixedPrototypes(_projector(), sampler, feature="res2", across_processes=True)
+
+
+def _centres() -> CentreRegulariser:
+    return CentreRegulariser(_projector(), NUM_CLASSES, feature="res2", across_processes=True)
+
+
 def _contextrast(method: type[Contextrast], **options: Any) -> Contextrast:
     layers = {"res2": 0.4, "res3": 1.0}
     return method(_projector(), NUM_CLASSES, layers=layers, across_processes=True, **options)
@@ -109,10 +126,14 @@ METHODS: dict[str, Callable[[], nn.Module]] = {
     "multi-scale, boundary negatives": lambda: _multiscale(negatives=_boundary()),
     "pixel": _pixel,
     "pixel, memory": lambda: _pixel(memory=_memory()),
+    "pixel, memory of correct ones": lambda: _pixel(memory=_memory(), admission="correct"),
     "pixel, boundary negatives": lambda: _pixel(negatives=_boundary()),
     "Contextrast": lambda: _contextrast(Contextrast, boundary_fraction=1.0),
     "Contextrast++": _plus,
     "PNE": _pne,
+    "region, memory": _region,
+    "fixed prototypes": _fixed,
+    "centres": _centres,
     "sum": lambda: ContrastSum({"ms": _multiscale(), "pixel": _pixel(), "pne": _pne()}),
 }
 
