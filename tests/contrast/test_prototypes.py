@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +21,7 @@ from contrast_d2.contrast import (
 from contrast_d2.contrast.assignment import assign
 from contrast_d2.contrast.prototypes import simplex
 
+from ..helpers import run_processes
 from . import references
 
 K, WIDTH, CHANNELS = 4, 6, 3
@@ -169,6 +171,25 @@ def test_one_prototype_is_a_moving_mean() -> None:
     loss_of(method, (features, labels, scores))
     (row, *_), _, _ = pixels_of(method, (features, labels, scores))
     torch.testing.assert_close(method.prototypes[0, 0], row.detach())
+
+
+def step_of_rank() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prototypes after a rank's own batch; and its pixels, their classes, and which are right."""
+    method = build(ClusteredPrototypes, prototypes_per_class=1, momentum=0.0)
+    batch = random_batch(dist.get_rank(), (0, 1, 255) if dist.get_rank() == 0 else (0, 2, 255))
+    loss_of(method, batch)
+    rows, labels, right = pixels_of(method, batch)
+    return method.prototypes, rows.detach(), labels, right
+
+
+def test_the_pixels_of_all_processes_move_the_prototypes() -> None:
+    ranks = run_processes(step_of_rank, 2)
+    assert torch.equal(ranks[0][0], ranks[1][0])
+    rows, labels, right = (torch.cat(part) for part in list(zip(*ranks, strict=True))[1:])
+    for c in range(3):  # the first process has no pixel of class 2
+        mean = F.normalize(rows[right & (labels == c)].sum(dim=0), dim=0)
+        torch.testing.assert_close(ranks[0][0][c, 0], mean)
+    assert not ranks[0][0][3].any()
 
 
 def test_shares_are_equal_and_the_assignment_is_the_best() -> None:
