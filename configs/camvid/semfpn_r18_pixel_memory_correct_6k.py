@@ -15,5 +15,5 @@ from .semfpn_r18_pixel_memory_6k import (
     train,
 )
 
-model.contrast.admission = "correct"
+model.contrast.memory.admission = "correct"
 train.output_dir = "output/camvid/semfpn_r18_pixel_memory_correct_6k"

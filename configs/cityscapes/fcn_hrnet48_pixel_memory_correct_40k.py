@@ -20,5 +20,5 @@ from .fcn_hrnet48_pixel_memory_40k import (
     train,
 )
 
-model.contrast.admission = "correct"
+model.contrast.memory.admission = "correct"
 train.output_dir = "output/cityscapes/fcn_hrnet48_pixel_memory_correct_40k"

@@ -20,6 +20,9 @@ from .sampling import BalancedSampler, Batch
 from .sets import PixelSet, at_least_fp32, on_device, stack_processes
 from .terms import OwnTerm, PairSample, info_nce
 
+# Of the assignment, in the official code: what divides the similarities, and its rounds.
+_SHARPNESS, _ROUNDS = 0.05, 3
+
 
 class ClusteredPrototypes(ContrastMethod):
     """Contrasts pixels with prototypes of all classes, several for each, that follow the pixels.
@@ -49,8 +52,6 @@ class ClusteredPrototypes(ContrastMethod):
         weight, distance_weight: of the two parts; those of the official code.
         temperature: divides the similarities.
         momentum: of the prototypes; that of the official code.
-        sharpness: divides the similarities in the assignment; 0.05 in the official code.
-        rounds: of the assignment; 3 in the official code.
 
     Attributes:
         prototypes: (K, M, D), of length 1, or 0 before there are any.
@@ -73,22 +74,18 @@ class ClusteredPrototypes(ContrastMethod):
         distance_weight: float = 0.001,
         temperature: float = 0.1,
         momentum: float = 0.999,
-        sharpness: float = 0.05,
-        rounds: int = 3,
         warmup_iters: int = 0,
         across_processes: bool = False,
     ) -> None:
-        above_0 = {"weight": weight, "temperature": temperature, "sharpness": sharpness}
-        for name, value in above_0.items():
+        for name, value in (("weight", weight), ("temperature", temperature)):
             if not value > 0:
                 raise ValueError(f"{name}={value}: must be above 0.")
         if not distance_weight >= 0:
             raise ValueError(f"distance_weight={distance_weight}: must be 0 or more.")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum={momentum}: must be from 0 to below 1.")
-        for name, value in (("prototypes_per_class", prototypes_per_class), ("rounds", rounds)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: needs at least 1.")
+        if prototypes_per_class < 1:
+            raise ValueError(f"prototypes_per_class={prototypes_per_class}: needs at least 1.")
         super().__init__(
             projector,
             sampler.num_classes,
@@ -103,8 +100,6 @@ class ClusteredPrototypes(ContrastMethod):
         self.distance_weight = distance_weight
         self.temperature = temperature
         self.momentum = momentum
-        self.sharpness = sharpness
-        self.rounds = rounds
         shape = (sampler.num_classes, prototypes_per_class, projector.embed_dim)
         self.prototypes: Tensor
         self.register_buffer("prototypes", torch.zeros(shape))
@@ -123,7 +118,7 @@ class ClusteredPrototypes(ContrastMethod):
                 size = self.prototypes.shape[1]
                 cosines_AM = (rows @ prototypes.T).view(len(rows), self.num_classes, size)
                 cosines_AM = cosines_AM[torch.arange(len(rows), device=batch.device), labels]
-                number = assign(cosines_AM / self.sharpness, pixels.class_counts, self.rounds)
+                number = assign(cosines_AM / _SHARPNESS, pixels.class_counts, _ROUNDS)
                 ids = labels * size + number
             exists = prototypes.any(dim=1)
             every = torch.arange(len(prototypes), device=batch.device)

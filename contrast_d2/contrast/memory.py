@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from .sets import (
 logger = logging.getLogger(__name__)
 
 Storage = Literal["fp32", "fp16"]
+Admission = Literal["all", "correct"]
 
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -164,6 +165,10 @@ class MemoryBank(RingBuffer):
         max_per_class: M, most keys of a class that enter a step, all filled slots being equally
             likely; None for the whole bank, which with 19 classes of 10,000 slots makes 190,000
             contrast samples.
+        admission: which pixels of a batch become keys, "all" or, in single pixels and region means
+            alike, the "correct"ly predicted ones. The paper has all; semi-supervised methods admit
+            correct ones, there with a threshold of confidence, which is not here. Up to
+            `pixels_per_image` pixels are drawn of all, and the wrong ones of these are dropped.
         dtype: what the slots hold, "fp32" or, in half the memory, "fp16".
         persistent: keep the bank in the `state_dict`, so that a resumed run continues with it; or
             else it starts empty, and checkpoints do not grow by its size.
@@ -173,7 +178,9 @@ class MemoryBank(RingBuffer):
             image fills.
 
     Reference: Wang et al., "Exploring Cross-Image Pixel Contrast for Semantic Segmentation", ICCV
-        2021, section 3.2 ("pixel-to-region contrast" and the memory bank).
+        2021, section 3.2 ("pixel-to-region contrast" and the memory bank). Admission: Alonso,
+        Sabater, Ferstl, Montesano, Murillo, "Semi-Supervised Semantic Segmentation with Pixel-Level
+        Contrastive Learning from a Class-wise Memory Bank", ICCV 2021.
     """
 
     def __init__(
@@ -185,6 +192,7 @@ class MemoryBank(RingBuffer):
         pixels_per_class: int,
         pixels_per_image: int = 10,
         max_per_class: int | None = None,
+        admission: Admission = "all",
         dtype: Storage = "fp32",
         persistent: bool = True,
     ) -> None:
@@ -207,12 +215,15 @@ class MemoryBank(RingBuffer):
                 f"{pixels_per_image} that one image brings: set it to {pixels_per_image} or more, "
                 "or to 0 for a bank of regions alone."
             )
+        if admission not in get_args(Admission):
+            raise ValueError(f"admission={admission!r}: choose one of {list(get_args(Admission))}.")
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype!r}: choose one of {list(_DTYPES)}.")
         slots = {"regions": regions_per_class, "pixels": pixels_per_class}
         super().__init__(num_classes, embed_dim, slots, dtype=_DTYPES[dtype], persistent=persistent)
         self.pixels_per_image = pixels_per_image
         self.max_per_class = max_per_class
+        self.admission = admission
         logger.info(
             "Memory bank: %d classes x (%d regions + %d pixels) x %d in %s: %.1f MB%s.",
             num_classes,

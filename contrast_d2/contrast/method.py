@@ -7,13 +7,13 @@ h' w' the class scores.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .projector import MultiScaleProjector
-from .sampling import Batch, LabelSampling, Sampler
+from .sampling import Batch, Sampler
 from .sets import PixelSet, draws_on_device
 from .terms import ContrastOutput, OwnTerm, Term, evaluate, loss_name
 
@@ -33,8 +33,6 @@ class ContrastMethod(nn.Module):
         warmup_iters: steps without contrast, in which `terms` is not called.
         across_processes: contrast over the global batch: loss and gradients are those of one
             process that has all images. Otherwise each process contrasts its own.
-        label_sampling: the label of a pixel of a map is the "nearest" one, or that of the
-            "majority" of the pixels that it covers, see `majority_labels`.
 
     Attributes:
         memory: what `remember` stores into; None for methods without.
@@ -55,13 +53,8 @@ class ContrastMethod(nn.Module):
         needs_dense_embeddings: bool = False,
         warmup_iters: int = 0,
         across_processes: bool = False,
-        label_sampling: LabelSampling = "nearest",
     ) -> None:
         super().__init__()
-        if label_sampling not in get_args(LabelSampling):
-            raise ValueError(
-                f"label_sampling={label_sampling!r}: choose one of {list(get_args(LabelSampling))}."
-            )
         if num_classes < 1:
             raise ValueError(f"num_classes={num_classes}: needs at least 1.")
         if warmup_iters < 0:
@@ -77,7 +70,6 @@ class ContrastMethod(nn.Module):
         self.names = tuple(names)
         self.warmup_iters = warmup_iters
         self.across_processes = across_processes
-        self.label_sampling = label_sampling
         self.memory: Any = None
         self.inspection: Any = None
         # A buffer, so that a resumed run goes on where it was. The host keeps a copy, which it
@@ -200,12 +192,7 @@ def compute(
     if 0 <= ignore_label < num_classes:  # what is no class is ignored everywhere
         labels = batch.labels.int().masked_fill(batch.labels == ignore_label, num_classes)
         batch = Batch(batch.maps, labels, batch.logits, batch.generator, batch.across_processes)
-    batches = {
-        prefix: batch.with_maps(
-            maps[prefix], num_classes if method.label_sampling == "majority" else None
-        )
-        for prefix, method in methods.items()
-    }
+    batches = {prefix: batch.with_maps(maps[prefix]) for prefix in methods}
     if inspection is not None:
         inspection.begin(batch)
     terms: list[Term | OwnTerm] = []

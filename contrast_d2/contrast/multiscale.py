@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .method import ContrastMethod
 from .projector import MultiScaleProjector
-from .sampling import BalancedSampler, Batch, LabelSampling, Sampler
+from .sampling import BalancedSampler, Batch, Sampler
 from .sets import PixelSet
 from .terms import Side, Term
 
@@ -33,7 +33,7 @@ class MultiScaleContrast(ContrastMethod):
     map as its positives.
 
     Args:
-        projector, warmup_iters, across_processes, label_sampling: as in `ContrastMethod`.
+        projector, warmup_iters, across_processes: as in `ContrastMethod`.
         sampler: draws the anchors of all scales.
         scale_weights: w_s by name of the feature map, e.g. {"res2": 1.0, "res3": 0.7}. 0 leaves the
             scale out.
@@ -66,7 +66,6 @@ class MultiScaleContrast(ContrastMethod):
         negatives: Sampler | None = None,
         warmup_iters: int = 0,
         across_processes: bool = False,
-        label_sampling: LabelSampling = "nearest",
     ) -> None:
         if not temperature > 0:
             raise ValueError(f"temperature={temperature}: must be above 0.")
@@ -78,7 +77,6 @@ class MultiScaleContrast(ContrastMethod):
             names=[pair.name for pair in pairs],
             warmup_iters=warmup_iters,
             across_processes=across_processes,
-            label_sampling=label_sampling,
         )
         self.pairs = pairs
         self.sampler = sampler

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal, get_args
 
 from .hard_sampling import HardAnchorSampler
 from .memory import MemoryBank
@@ -12,8 +11,6 @@ from .pairs import SemiHardPairs
 from .projector import MultiScaleProjector
 from .sampling import Batch, Sampler
 from .terms import Side, Term
-
-Admission = Literal["all", "correct"]
 
 
 class PixelContrast(ContrastMethod):
@@ -41,21 +38,14 @@ class PixelContrast(ContrastMethod):
         pairs: choice of semi-hard positives and negatives; None for all pairs.
         negatives: draws wrong pixels of the batch, which are then the only negatives, while the
             contrast set gives the positives. Not together with `pairs`, which choose negatives too.
-        admission: which pixels become keys of the memory, "all" or, in single pixels and region
-            means alike, the "correct"ly predicted ones. The paper has all; semi-supervised methods
-            admit correct ones, there with a threshold of confidence, which is not here. Up to
-            `pixels_per_image` pixels are drawn of all, and the wrong ones of these are dropped.
         warmup_iters: as in `ContrastMethod`; the official code has 5000.
 
     Raises:
         ValueError: a negative weight, a temperature that is not above 0, a map without projector, a
-            memory of another size than sampler or projector, both `pairs` and `negatives`, or an
-            admission that is unknown or has no memory.
+            memory of another size than sampler or projector, or both `pairs` and `negatives`.
 
     Reference: Wang, Zhou, Yu, Dai, Konukoglu, Van Gool, "Exploring Cross-Image Pixel Contrast for
-        Semantic Segmentation", ICCV 2021, section 3.2, equation (3). Admission: Alonso, Sabater,
-        Ferstl, Montesano, Murillo, "Semi-Supervised Semantic Segmentation with Pixel-Level
-        Contrastive Learning from a Class-wise Memory Bank", ICCV 2021.
+        Semantic Segmentation", ICCV 2021, section 3.2, equation (3).
     """
 
     def __init__(
@@ -69,7 +59,6 @@ class PixelContrast(ContrastMethod):
         memory: MemoryBank | None = None,
         pairs: SemiHardPairs | None = None,
         negatives: Sampler | None = None,
-        admission: Admission = "all",
         warmup_iters: int = 0,
         across_processes: bool = False,
     ) -> None:
@@ -90,11 +79,6 @@ class PixelContrast(ContrastMethod):
             raise ValueError(
                 "pairs and negatives both choose the negatives: set one of them to None."
             )
-        if admission not in get_args(Admission) or (admission != "all" and memory is None):
-            raise ValueError(
-                f"admission={admission!r}: choose one of {list(get_args(Admission))}, and 'all' "
-                "without a memory."
-            )
         if memory is not None:
             memory.check_sizes(sampler.num_classes, projector.embed_dim)
         self.sampler = sampler
@@ -104,7 +88,6 @@ class PixelContrast(ContrastMethod):
         self.memory = memory
         self.pairs = pairs
         self.negatives = negatives
-        self.admission = admission
 
     def terms(self, batch: Batch) -> list[Term]:
         """One term, of the feature map's name."""
@@ -125,7 +108,7 @@ class PixelContrast(ContrastMethod):
         """Stores keys of the batch in the memory."""
         if self.memory is not None:
             embeddings, admitted = batch.maps[self.feature].detach(), None
-            if self.admission == "correct":
+            if self.memory.admission == "correct":
                 admitted = batch.predictions(self.feature) == batch.label_map(self.feature)
             labels = batch.host_labels(self.feature)
             self.memory.enqueue(embeddings, labels, batch.generator, admitted)

@@ -17,7 +17,7 @@ from .hard_sampling import HardAnchorSampler
 from .memory import MemoryBank
 from .multiscale import MultiScaleContrast
 from .pairs import SemiHardPairs
-from .pixel import Admission, PixelContrast
+from .pixel import PixelContrast
 from .pne import PNE
 from .projector import MultiScaleProjector, Norm, Projection
 from .prototypes import FixedPrototypes
@@ -139,6 +139,7 @@ def ms_cs_release(
             max_anchors=max_anchors,
             min_pixels=5,
             max_per_group=2500,
+            label_sampling=label_sampling,
         ),
         scale_weights=_scale_weights(channels) if scale_weights is None else scale_weights,
         cross_scale=_cross_scale(channels) if cross_scale is None else cross_scale,
@@ -146,7 +147,6 @@ def ms_cs_release(
         temperature=temperature,
         count_empty_anchors=True,
         across_processes=across_processes,
-        label_sampling=label_sampling,
     )
 
 
@@ -162,7 +162,6 @@ def pixel_contrast(
     memory: MemoryBank | None = None,
     pairs: SemiHardPairs | None = None,
     negatives: Sampler | None = None,
-    admission: Admission = "all",
     embed_dim: int = 256,
     across_processes: bool = False,
 ) -> PixelContrast:
@@ -178,7 +177,7 @@ def pixel_contrast(
             have 0.07.
         max_anchors: of the whole batch.
         warmup_iters: iterations without contrast; of 40,000 the official code has 5000.
-        memory, pairs, negatives, admission: as in `PixelContrast`.
+        memory, pairs, negatives: as in `PixelContrast`.
         embed_dim: as in `MultiScaleProjector`.
         across_processes: as in `ContrastMethod`.
 
@@ -194,7 +193,6 @@ def pixel_contrast(
         memory=memory,
         pairs=pairs,
         negatives=negatives,
-        admission=admission,
         warmup_iters=warmup_iters,
         across_processes=across_processes,
     )

@@ -51,7 +51,7 @@ class RegionContrast(ContrastMethod):
 
     Raises:
         ValueError: an argument out of its range, an unknown choice, a map without projector, or a
-            memory of another size, or with slots for pixels.
+            memory of another size, with slots for pixels, or that does not admit all.
 
     Reference: Hu, Cui, Wang, "Region-aware Contrastive Learning for Semantic Segmentation", ICCV
         2021.
@@ -85,10 +85,11 @@ class RegionContrast(ContrastMethod):
             across_processes=across_processes,
         )
         memory.check_sizes(num_classes, projector.embed_dim)
-        if memory.slots["pixels"]:
+        if memory.slots["pixels"] or memory.admission != "all":
             raise ValueError(
-                f"memory: pixels_per_class={memory.slots['pixels']}, and only regions are "
-                "contrasted: set it to 0."
+                f"memory: pixels_per_class={memory.slots['pixels']}, admission="
+                f"{memory.admission!r}: only regions are contrasted, and of all pixels, so set "
+                "them to 0 and 'all'."
             )
         self.memory = memory
         self.feature = feature

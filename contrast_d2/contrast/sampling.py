@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -99,8 +99,6 @@ class Batch:
         logits: (B, K, h', w') class scores; None where there are none.
         generator: source of random numbers, on the host; None for the default one.
         across_processes: balance and contrast the global batch, not the images of each process.
-        voters: number of classes among which a pixel of a map takes that of most labels that it
-            covers; None for the nearest label.
 
     Attributes:
         device: of the maps.
@@ -113,21 +111,19 @@ class Batch:
         logits: Tensor | None = None,
         generator: torch.Generator | None = None,
         across_processes: bool = False,
-        voters: int | None = None,
     ) -> None:
         self.maps = maps
         self.labels = labels.cpu()
         self.logits = logits
         self.generator = generator
         self.across_processes = across_processes
-        self.voters = voters
         self.device = next(iter(maps.values())).device
         self._at_size: dict[tuple[str, int | None, torch.Size], Tensor] = {}
         self._device_generator: torch.Generator | None = None
 
-    def with_maps(self, maps: Mapping[str, Tensor], voters: int | None = None) -> Batch:
-        """The same step, seen on other maps, and with other `voters`."""
-        other = Batch(maps, self.labels, self.logits, self.generator, self.across_processes, voters)
+    def with_maps(self, maps: Mapping[str, Tensor]) -> Batch:
+        """The same step, seen on other maps."""
+        other = Batch(maps, self.labels, self.logits, self.generator, self.across_processes)
         other._at_size = self._at_size
         return other
 
@@ -136,21 +132,26 @@ class Batch:
         each process has its own."""
         return stack_processes(values) if self.across_processes else values[None]
 
-    def host_labels(self, feature: str) -> Tensor:
-        """(B, h, w) labels at the size of a map, on the host."""
-        key = "host", self.voters, self.maps[feature].shape[-2:]
+    def host_labels(self, feature: str, voters: int | None = None) -> Tensor:
+        """(B, h, w) labels at the size of a map, on the host.
+
+        Args:
+            feature: name of the map.
+            voters: number of classes that `majority_labels` counts; None for the nearest labels.
+        """
+        key = "host", voters, self.maps[feature].shape[-2:]
         if key not in self._at_size:
-            if self.voters is None:
+            if voters is None:
                 label_map = downsample_labels(self.labels, key[2])
             else:
-                label_map = majority_labels(self.labels, key[2], self.voters)
+                label_map = majority_labels(self.labels, key[2], voters)
             # Contiguous, for it is read several times.
             self._at_size[key] = label_map.contiguous()
         return self._at_size[key]
 
     def label_map(self, feature: str) -> Tensor:
         """(B, h, w) int64 labels at the size of a map, on its device."""
-        key = "labels", self.voters, self.maps[feature].shape[-2:]
+        key = "labels", None, self.maps[feature].shape[-2:]
         if key not in self._at_size:
             self._at_size[key] = on_device(self.host_labels(feature), self.device).long()
         return self._at_size[key]
@@ -219,6 +220,8 @@ class BalancedSampler:
         max_per_group: most anchors per class (or pair); None for no such bound.
         min_per_class: least anchors per class (or pair) that has so many pixels; 0 as in the paper,
             where one object of five pixels leaves five anchors to every class.
+        label_sampling: the label of a pixel of a map is the "nearest" one, or that of the
+            "majority" of the pixels that it covers, see `majority_labels`.
 
     Raises:
         ValueError: an argument out of its range.
@@ -235,7 +238,12 @@ class BalancedSampler:
         min_pixels: int = 1,
         max_per_group: int | None = None,
         min_per_class: int = 0,
+        label_sampling: LabelSampling = "nearest",
     ) -> None:
+        if label_sampling not in get_args(LabelSampling):
+            raise ValueError(
+                f"label_sampling={label_sampling!r}: choose one of {list(get_args(LabelSampling))}."
+            )
         if balance not in ("class", "image_class"):
             raise ValueError(f"balance={balance!r}: choose 'class' or 'image_class'.")
         if num_classes < 1:
@@ -259,10 +267,12 @@ class BalancedSampler:
         self.min_pixels = min_pixels
         self.max_per_group = max_per_group
         self.min_per_class = min_per_class
+        self.label_sampling = label_sampling
 
     def draw(self, batch: Batch, features: Sequence[str]) -> list[PixelDraw]:
         """As in `Sampler`."""
-        label_maps = [batch.host_labels(feature) for feature in features]
+        voters = self.num_classes if self.label_sampling == "majority" else None
+        label_maps = [batch.host_labels(feature, voters) for feature in features]
         return self(label_maps, batch.generator, batch.across_processes)
 
     @torch.no_grad()

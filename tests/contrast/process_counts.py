@@ -78,9 +78,14 @@ def _pixel(**options: Any) -> PixelContrast:
     )
 
 
-def _memory() -> MemoryBank:
+def _memory(**options: Any) -> MemoryBank:
     return MemoryBank(
-        NUM_CLASSES, 6, regions_per_class=REGIONS, pixels_per_class=PIXELS, pixels_per_image=100
+        NUM_CLASSES,
+        6,
+        regions_per_class=REGIONS,
+        pixels_per_class=PIXELS,
+        pixels_per_image=100,
+        **options,
     )
 
 
@@ -126,7 +131,7 @@ METHODS: dict[str, Callable[[], nn.Module]] = {
     "multi-scale, boundary negatives": lambda: _multiscale(negatives=_boundary()),
     "pixel": _pixel,
     "pixel, memory": lambda: _pixel(memory=_memory()),
-    "pixel, memory of correct ones": lambda: _pixel(memory=_memory(), admission="correct"),
+    "pixel, memory of correct ones": lambda: _pixel(memory=_memory(admission="correct")),
     "pixel, boundary negatives": lambda: _pixel(negatives=_boundary()),
     "Contextrast": lambda: _contextrast(Contextrast, boundary_fraction=1.0),
     "Contextrast++": _plus,

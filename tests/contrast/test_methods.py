@@ -111,7 +111,7 @@ METHODS: Mapping[str, Callable[[], nn.Module]] = {
         CHANNELS, K, feature="res2", prototypes_per_class=3, **FEW
     ),
     "centres": lambda: centre_regulariser(CHANNELS, K, feature="res2", **SMALL),
-    "pixel memory, correct": lambda: pixel(memory=bank(), admission="correct"),
+    "pixel memory, correct": lambda: pixel(memory=bank(admission="correct")),
     "tree": lambda: tree_triplets(CHANNELS, K, {"a": [0, 2], "b": [1, 3]}, feature="res2", **FEW),
     "sum": lambda: ContrastSum({"ms": multi_scale(), "px": pixel_like_ms(memory=bank())}),
 }

@@ -294,7 +294,7 @@ def test_only_correct_pixels_are_admitted() -> None:
 
     def stored(scores: Tensor, **options) -> tuple[list[Tensor], list[Tensor]]:
         torch.manual_seed(0)
-        contrast = build(memory=every, num_hidden=0, **options)
+        contrast = build(memory={**every, **options}, num_hidden=0)
         generator = torch.Generator().manual_seed(1)
         contrast(features, labels, scores, generator=generator)
         sizes = [3 * K, 400 * K]
@@ -400,7 +400,6 @@ def test_wrong_arguments_are_named() -> None:
         "pairs and negatives": {"pairs": SemiHardPairs(), "negatives": negatives},
         "'res4'.*'res": {"feature": "res4"},
         "projection='sampled'": {"projector": sampled, "memory": MemoryBank(K, WIDTH, **BANK)},
-        "admission=.correct.*without a memory": {"admission": "correct"},
     }
     for message, options in cases.items():
         defaults = {"projector": projector, "sampler": HardAnchorSampler(K), "feature": "res2"}

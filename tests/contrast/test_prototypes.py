@@ -230,9 +230,7 @@ def test_wrong_arguments_are_named() -> None:
         (FixedPrototypes, {"weight": 0}, "weight=0"),
         (FixedPrototypes, {"temperature": -1}, "temperature=-1"),
         (ClusteredPrototypes, {"momentum": 1}, "momentum=1"),
-        (ClusteredPrototypes, {"sharpness": 0}, "sharpness=0"),
         (ClusteredPrototypes, {"distance_weight": -1}, "distance_weight=-1"),
-        (ClusteredPrototypes, {"rounds": 0}, "rounds=0"),
         (ClusteredPrototypes, {"prototypes_per_class": 0}, "prototypes_per_class=0"),
     ):
         with pytest.raises(ValueError, match=message):

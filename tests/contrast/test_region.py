@@ -168,7 +168,12 @@ def test_wrong_arguments_are_named() -> None:
     projector = MultiScaleProjector({"x": CHANNELS}, WIDTH, num_hidden=0)
     pixels = MemoryBank(K, WIDTH, regions_per_class=3, pixels_per_class=10)
     other = MemoryBank(K + 1, WIDTH, regions_per_class=3, pixels_per_class=0)
-    for memory, message in ((pixels, "pixels_per_class=10"), (other, "num_classes=5")):
+    correct = MemoryBank(K, WIDTH, regions_per_class=3, pixels_per_class=0, admission="correct")
+    for memory, message in (
+        (pixels, "pixels_per_class=10"),
+        (correct, "admission='correct'"),
+        (other, "num_classes=5"),
+    ):
         with pytest.raises(ValueError, match=message):
             RegionContrast(projector, K, memory, feature="x")
     for options, message in (

@@ -112,13 +112,14 @@ def test_a_majority_is_what_counting_by_hand_finds() -> None:
         majority_labels(torch.zeros(1, 8, 8, dtype=torch.long), (9, 2), 3)
 
 
-def test_a_method_votes_and_others_of_the_step_do_not() -> None:
+def test_a_sampler_votes_and_others_of_the_step_do_not() -> None:
     labels = torch.tensor([[[1, 0], [0, 2]]])
-    maps = {"x": torch.zeros(1, 3, 1, 1)}
-    batch = Batch(maps, labels)
-    voting = batch.with_maps(maps, 3)
-    assert [voting.host_labels("x").item(), batch.host_labels("x").item()] == [0, 1]
-    assert [voting.label_map("x").item(), batch.label_map("x").item()] == [0, 1]
+    batch = Batch({"x": torch.zeros(1, 3, 1, 1)}, labels)
+    for _ in range(2):
+        (voted,) = BalancedSampler(3, label_sampling="majority").draw(batch, ["x"])
+        (nearest,) = BalancedSampler(3).draw(batch, ["x"])
+        assert (voted.labels.tolist(), nearest.labels.tolist()) == ([0], [1])
+        assert batch.label_map("x").item() == 1
     with pytest.raises(ValueError, match="label_sampling='mean'.*majority"):
         ms_cs_release({"x": 3}, 3, label_sampling="mean")  # pyright: ignore[reportArgumentType]
 

@@ -36,7 +36,7 @@ pixel_memory.memory = L(contrast.MemoryBank)(
 )
 
 pixel_memory_correct = deepcopy(pixel_memory)
-pixel_memory_correct.admission = "correct"
+pixel_memory_correct.memory.admission = "correct"
 
 # Early in training this choice can draw all embeddings to one point; see docs/methods.md.
 pixel_memory_semi_hard = deepcopy(pixel_memory)
