@@ -386,7 +386,7 @@ def method_settings(method: ContrastMethod, gpus: int) -> dict[str, Any]:
         found["regions"] = memory.slots.get("regions", 0)
         found["pixels"] = memory.slots["pixels"]
         found["pixels_per_image"] = memory.pixels_per_image
-        found["keys_per_class"] = memory.max_per_class
+        found["keys"] = memory.max_keys
         found["admission"] = memory.admission
     return found
 

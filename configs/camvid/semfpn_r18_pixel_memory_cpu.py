@@ -10,5 +10,5 @@ model.contrast = _contrast
 model.contrast.warmup_iters = 188
 model.contrast.memory.regions_per_class = 367  # training images
 model.contrast.memory.pixels_per_class = 3670
-model.contrast.memory.max_per_class = 200
+model.contrast.memory.max_keys = 2200
 train.output_dir = "output/camvid/semfpn_r18_pixel_memory_cpu"

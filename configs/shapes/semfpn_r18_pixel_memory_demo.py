@@ -10,5 +10,5 @@ model.contrast = _contrast
 model.contrast.warmup_iters = 60
 model.contrast.memory.regions_per_class = 256  # training images
 model.contrast.memory.pixels_per_class = 2560
-model.contrast.memory.max_per_class = 200
+model.contrast.memory.max_keys = 1800
 train.output_dir = "output/shapes/semfpn_r18_pixel_memory_demo"

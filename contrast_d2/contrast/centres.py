@@ -87,7 +87,7 @@ class CentreRegulariser(ContrastMethod):
         name = self.feature
         with torch.autocast(batch.device.type, enabled=False):
             pixels = layer_pixels(batch.maps[name], batch.label_map(name), self.num_classes)
-            means, counts, exists = (x[0] for x in class_means([pixels], batch))
+            means, counts, exists = (x[0] for x in class_means([pixels], self.num_classes, batch))
             cosines_KK = F.normalize(means, dim=1) @ self.corners.to(means.dtype).T
             prior = (self.images / self.images.sum()).log()
             losses = -(self.scale * cosines_KK + prior).log_softmax(dim=1).diagonal()

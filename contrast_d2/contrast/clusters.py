@@ -135,9 +135,7 @@ class ClusteredPrototypes(ContrastMethod):
         statistics = {
             "anchors": count,
             "prototypes": exists.sum().float(),
-            "positive_similarity": own.sum() / len(rows)
-            if len(rows)
-            else own.new_full((), torch.nan),
+            "positive_similarity": own.mean(),  # nan without any
             "admitted_share": right.float().mean(),
         }
         term = OwnTerm(

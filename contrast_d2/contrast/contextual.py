@@ -15,18 +15,19 @@ from torch.nn import functional as F
 
 from .boundary import BoundaryPixels, boundary_negatives, check_fraction
 from .class_anchors import (
+    AnchorLogits,
     ClassMeans,
     LayerPixels,
+    anchor_logits,
     class_means,
     layer_pixels,
-    log_sum_of_negatives,
     pixel_anchor_loss,
 )
 from .inspection import evenly_spread
 from .method import ContrastMethod
 from .projector import MultiScaleProjector
 from .sampling import Batch
-from .sets import PixelDraw
+from .sets import PixelDraw, unit_vectors
 from .terms import OwnTerm, PairSample, Term
 
 Negatives = Literal["other_classes", "false_positives", "own_class"]
@@ -124,7 +125,7 @@ class Contextrast(ContrastMethod):
             layer_pixels(batch.maps[name], batch.label_map(name), self.num_classes)
             for name in self.layers
         ]
-        means = class_means(layers, batch)
+        means = class_means(layers, self.num_classes, batch)
         shallow, deepest = means.means[:-1], means.means[-1]
         # A class that has vanished at the deepest layer keeps its own mean.
         mixed = torch.where(means.exists[-1][:, None], self.mix(means), shallow)
@@ -143,22 +144,22 @@ class Contextrast(ContrastMethod):
             self._layer(batch, name, pixels, anchors_KD)
             for name, pixels, anchors_KD in zip(self.layers, layers, anchors_IKD, strict=True)
         ]
-        own_IK = torch.stack([part.log_negatives for part in parts])
+        own_IK = torch.stack([part.logits.log_negatives for part in parts])
         log_negatives_IK = batch.of_all_processes(own_IK).logsumexp(dim=0)
         num_classes_I = means.exists.sum(dim=1, keepdim=True).clamp(min=1)
         weights_IK = means.exists / means.counts.clamp(min=1) / num_classes_I
         terms: list[Term | OwnTerm] = []
         for i, ((name, weight), part) in enumerate(zip(self.layers.items(), parts, strict=True)):
-            of_class, exists_K = layers[i].of_class, means.exists[i]
-            share = pixel_anchor_loss(part.logits, of_class, log_negatives_IK[i], weights_IK[i])
+            labels, exists_K = layers[i].labels, means.exists[i]
+            share = pixel_anchor_loss(part.logits.own, labels, log_negatives_IK[i], weights_IK[i])
             terms.append(
                 OwnTerm(
                     name,
                     share,
                     self.weight * weight,
-                    self._statistics(part, of_class, exists_K),
+                    self._statistics(part, labels, exists_K),
                     partial(_drawn, batch.label_map(name), part.errors.selected),
-                    partial(self._pairs, batch.label_map(name), part, of_class, exists_K),
+                    partial(self._pairs, part, layers[i], anchors_IKD[i].detach(), exists_K),
                     means.counts[i],
                 )
             )
@@ -175,61 +176,59 @@ class Contextrast(ContrastMethod):
             ),
             generator=batch.generator,
         )
-        classes_K1 = torch.arange(self.num_classes, device=anchors_KD.device)[:, None]
-        of_region_BKP = errors.region.flatten(1)[:, None] == classes_K1
-        if self.negatives == "other_classes":
-            of_region_BKP = ~of_region_BKP
-        negative_BKP = errors.selected.flatten(1)[:, None] & of_region_BKP
-        # Two factors of three dimensions: with one of two, matmul would copy the map.
-        anchors_BKD = (anchors_KD / self.temperature).expand(len(pixels.vectors), -1, -1)
-        logits_BKP = anchors_BKD @ pixels.vectors * pixels.inverse_lengths[:, None]
-        return _Layer(
-            logits_BKP, negative_BKP, log_sum_of_negatives(logits_BKP, negative_BKP), errors
-        )
+        chosen = errors.region.masked_fill(~errors.selected, -1).flatten(1)
+        own_class = self.negatives != "other_classes"
+        logits = anchor_logits(pixels, anchors_KD / self.temperature, chosen, own_class=own_class)
+        return _Layer(logits, chosen, errors)
 
     @torch.no_grad()
-    def _statistics(self, part: _Layer, of_class: Tensor, exists_K: Tensor) -> dict[str, Tensor]:
+    def _statistics(self, part: _Layer, labels: Tensor, exists_K: Tensor) -> dict[str, Tensor]:
         wrong = part.errors.region >= 0
         at_boundary = (part.errors.squared_distance == 1).float()
-        statistics = {
+        logits = part.logits
+        positive = _masked_mean(logits.own, labels < self.num_classes)
+        negatives = (logits.num_negatives * exists_K).sum()
+        return {
             "errors": wrong.sum().float(),
             "negatives": part.errors.selected.sum().float(),
             # The share of wrong pixels from which selection is by chance alone.
             "errors_at_boundary": _masked_mean(at_boundary, wrong),
             "classes": exists_K.sum().float(),
+            "positive_similarity": positive * self.temperature,
+            "negative_similarity": (logits.negative_sums * exists_K).sum()
+            / negatives
+            * self.temperature,
         }
-        for sign, pairs in (("positive", of_class), ("negative", part.negative)):
-            mean = _masked_mean(part.logits, pairs & exists_K[:, None])
-            statistics[f"{sign}_similarity"] = mean * self.temperature
-        return statistics
 
     @torch.no_grad()
     def _pairs(
-        self, label_map: Tensor, part: _Layer, of_class: Tensor, exists_K: Tensor, most: int
+        self, part: _Layer, pixels: LayerPixels, anchors_KD: Tensor, exists_K: Tensor, most: int
     ) -> PairSample:
         """Anchors against evenly spread pixels."""
         classes = exists_K.nonzero()[:, 0]
-        used = evenly_spread(of_class.any(dim=1).flatten(), most // self.num_classes)
-        cosines, positive, negative = (
-            x.transpose(0, 1).flatten(1)[classes][:, used]
-            for x in (part.logits * self.temperature, of_class, part.negative)
-        )
-        return PairSample(cosines, positive, negative, classes, label_map.flatten()[used].long())
+        every = pixels.labels.flatten()
+        used = evenly_spread(every < self.num_classes, most // self.num_classes)
+        image = used.div(pixels.labels.shape[1], rounding_mode="floor")
+        rows = pixels.vectors[image, :, used - image * pixels.labels.shape[1]]
+        cosines = anchors_KD[classes] @ unit_vectors(rows).T
+        labels, chosen = every[used], part.chosen.flatten()[used]
+        negative = chosen == classes[:, None]
+        if self.negatives == "other_classes":
+            negative = ~negative & (chosen >= 0)
+        return PairSample(cosines, labels == classes[:, None], negative, classes, labels)
 
 
 class _Layer(NamedTuple):
     """What the term of a layer is made of.
 
     Attributes:
-        logits: (B, K, P) similarities of anchors and pixels, over the temperature.
-        negative: (B, K, P) bool, whether a pixel is a negative of a class.
-        log_negatives: (K,) log-sum-exps over the negatives, of this process.
+        logits: of its pixels.
+        chosen: (B, P) int64, in whose region of errors a negative lies; -1 for other pixels.
         errors: wrong pixels.
     """
 
-    logits: Tensor
-    negative: Tensor
-    log_negatives: Tensor
+    logits: AnchorLogits
+    chosen: Tensor
     errors: BoundaryPixels
 
 

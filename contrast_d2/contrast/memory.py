@@ -162,9 +162,9 @@ class MemoryBank(RingBuffer):
         pixels_per_class: pixel slots of each class; 0 for none. The paper has ten times the number
             of training images, the official code 5000.
         pixels_per_image: most pixel keys of a class from one image.
-        max_per_class: M, most keys of a class that enter a step, all filled slots being equally
-            likely; None for the whole bank, which with 19 classes of 10,000 slots makes 190,000
-            contrast samples.
+        max_keys: most keys that enter a step, an equal share of them for each class, all its filled
+            slots being equally likely; at least one. None for the whole bank, which with 19 classes
+            of 10,000 slots makes 190,000 contrast samples.
         admission: which pixels of a batch become keys, "all" or, in single pixels and region means
             alike, the "correct"ly predicted ones. The paper has all; semi-supervised methods admit
             correct ones, there with a threshold of confidence, which is not here. Up to
@@ -191,7 +191,7 @@ class MemoryBank(RingBuffer):
         regions_per_class: int,
         pixels_per_class: int,
         pixels_per_image: int = 10,
-        max_per_class: int | None = None,
+        max_keys: int | None = None,
         admission: Admission = "all",
         dtype: Storage = "fp32",
         persistent: bool = True,
@@ -200,7 +200,7 @@ class MemoryBank(RingBuffer):
             ("regions_per_class", regions_per_class, 0),
             ("pixels_per_class", pixels_per_class, 0),
             ("pixels_per_image", pixels_per_image, 1),
-            ("max_per_class", max_per_class, 1),
+            ("max_keys", max_keys, 1),
         ):
             if value is not None and value < least:
                 raise ValueError(f"MemoryBank({name}={value}): needs at least {least}.")
@@ -222,7 +222,7 @@ class MemoryBank(RingBuffer):
         slots = {"regions": regions_per_class, "pixels": pixels_per_class}
         super().__init__(num_classes, embed_dim, slots, dtype=_DTYPES[dtype], persistent=persistent)
         self.pixels_per_image = pixels_per_image
-        self.max_per_class = max_per_class
+        self.max_keys = max_keys
         self.admission = admission
         logger.info(
             "Memory bank: %d classes x (%d regions + %d pixels) x %d in %s: %.1f MB%s.",
@@ -274,23 +274,25 @@ class MemoryBank(RingBuffer):
 
     @torch.no_grad()
     def contrast_set(self, generator: torch.Generator | None = None) -> PixelSet:
-        """The stored keys, or `max_per_class` random ones of each class.
+        """The stored keys, or random ones of each class, `max_keys` in all.
 
         Args:
             generator: source of the choice, on the bank's device; None for the default one.
 
         Returns:
-            Keys in fp32 (fp64 in a module that was made so), to be used before others are stored,
-            of a number that does not depend on how full the bank is. -1 labels empty slots.
+            Keys as they are stored, to be used before others are, of a number that does not depend
+            on how full the bank is. -1 labels empty slots.
         """
         device = self.keys.device
         index = torch.arange(len(self.keys), device=device)
         ring = torch.searchsorted(self.first + self.sizes, index, right=True)
         rank = index - self.first[ring]
         labels = torch.where(rank < self.filled[ring], ring % self.num_classes, -1)
-        per_class, most = sum(self.slots.values()), self.max_per_class
-        if most is None or most >= per_class:
-            return PixelSet(at_least_fp32(self.keys), labels)
+        per_class = most = sum(self.slots.values())
+        if self.max_keys is not None:
+            most = max(self.max_keys // self.num_classes, 1)
+        if most >= per_class:
+            return PixelSet(self.keys, labels)
         # (K, slots) all slots of a class in one row, and random numbers for the filled ones.
         slots_KS = torch.cat(
             [
@@ -302,7 +304,7 @@ class MemoryBank(RingBuffer):
         random_KS = torch.rand(slots_KS.shape, generator=generator, device=device)
         random_KS.masked_fill_(labels[slots_KS] < 0, -1)
         slots = slots_KS.gather(1, random_KS.topk(most, dim=1).indices).flatten()
-        return PixelSet(at_least_fp32(self.keys[slots]), labels[slots])
+        return PixelSet(self.keys[slots], labels[slots])
 
     def _pixel_keys(
         self,

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -37,6 +38,7 @@ from .sets import (
     gathered_set,
     joined_sets,
     mean_similarities,
+    on_device,
     refuse_second_derivative,
     world_size,
 )
@@ -309,12 +311,8 @@ def _losses(
     if processes > 1:
         dist.all_reduce(counts)
     means = torch.stack(totals) / counts.clamp(min=1)
-    weights = torch.tensor(
-        [term.weight * processes for term in terms],
-        dtype=means.dtype,
-        pin_memory=means.is_cuda,
-    )
-    losses = means * weights.to(means.device, non_blocking=True)
+    weights = torch.from_numpy(np.array([term.weight * processes for term in terms]))
+    losses = means * on_device(weights.to(means.dtype), means.device)
     return {
         term.name: loss.to(at_least_fp32(term.anchors.embeddings).dtype)
         for term, loss in zip(terms, losses.unbind(), strict=True)

@@ -278,7 +278,7 @@ def memories() -> st.SearchStrategy[dict[str, Any]]:
         "regions_per_class": st.sampled_from([0, 1, 3, 50]),
         "pixels_per_class": st.sampled_from([2, 8, 200]),
         "pixels_per_image": st.sampled_from([1, 2]),
-        "max_per_class": st.sampled_from([None, 1, 5]),
+        "max_keys": st.sampled_from([None, 1, 15]),
         "dtype": st.sampled_from(["fp32", "fp16"]),
     }
     return st.fixed_dictionaries(options)

@@ -16,10 +16,11 @@ from contrast_d2.contrast import (
     ContrastOutput,
     MultiScaleProjector,
     boundary_negatives,
+    class_anchors,
     downsample_labels,
     evaluate,
 )
-from contrast_d2.contrast.class_anchors import layer_pixels
+from contrast_d2.contrast.class_anchors import class_means, layer_pixels
 from contrast_d2.contrast.contextual_plus import AdaptiveFusion
 
 from . import references, references_contextual
@@ -175,21 +176,30 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(losses, noisy, fast_mode=True)
 
 
-def test_lengths_of_embeddings() -> None:
-    labels = torch.zeros(2, 3, 4, dtype=torch.long)
-    maps = torch.randn(2, 40, 3, 4, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(2, 12, dtype=torch.float64)
-    found, expected = layer_pixels(maps, labels, 1).inverse_lengths, 1 / maps.flatten(2).norm(dim=1)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(
-        *(torch.autograd.grad((x * weights).sum(), maps) for x in (found, expected))
-    )
-    # A vector of zeros stays one, and its gradient finite.
-    zeros = torch.zeros(1, 40, 3, 4, requires_grad=True)
-    found = layer_pixels(zeros, labels[:1], 1).inverse_lengths
-    torch.testing.assert_close(found, torch.full((1, 12), 1e12))
-    (1e4 * found.sum()).backward()
-    assert not zeros.grad.any()
+def test_class_means_are_those_of_unit_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = torch.tensor([0, 2, 5, 2, 255, -1])[torch.randint(6, (3, 3, 4))]
+    maps = torch.randn(3, 40, 3, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(6, 40, dtype=torch.float64)
+    units = F.normalize(maps, dim=1).permute(0, 2, 3, 1)
+    sums = torch.stack([units[labels == c].sum(dim=0) for c in range(6)])
+    expected = sums / torch.stack([(labels == c).sum().clamp(min=1) for c in range(6)])[:, None]
+
+    def means_of(maps: Tensor) -> Tensor:
+        batch = Batch({"a": maps}, labels)
+        return class_means([layer_pixels(maps, labels, 6)], 6, batch).means[0]
+
+    (gradient,) = torch.autograd.grad((expected * weights).sum(), maps)
+    for elements in (1, 1 << 18):  # an image at a time, or all
+        monkeypatch.setattr(class_anchors, "_CPU_ELEMENTS", elements)
+        means = means_of(maps)
+        torch.testing.assert_close(means, expected)
+        (found,) = torch.autograd.grad((means * weights).sum(), maps)
+        torch.testing.assert_close(found, gradient)
+    # A vector of zeros has no direction, and its gradient is 0.
+    zeros = torch.zeros(3, 40, 3, 4, requires_grad=True)
+    means = means_of(zeros)
+    (1e4 * means.sum()).backward()
+    assert not means.any() and not zeros.grad.any()
 
 
 # ---- cases of this method

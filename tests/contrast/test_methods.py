@@ -83,7 +83,7 @@ METHODS: Mapping[str, Callable[[], nn.Module]] = {
     "ms_cs_release majority": lambda: ms_cs_release(CHANNELS, K, label_sampling="majority", **FEW),
     "pixel": pixel,
     "pixel memory": lambda: pixel(memory=bank()),
-    "pixel memory, some keys": lambda: pixel(memory=bank(max_per_class=4)),
+    "pixel memory, some keys": lambda: pixel(memory=bank(max_keys=4 * K)),
     "pixel semi-hard": lambda: pixel(memory=bank(), pairs=SemiHardPairs(0.5, 3, 9)),
     "pixel boundary negatives": lambda: pixel(negatives=BoundaryNegatives(K)),
     "pixel_release": lambda: pixel_contrast_release(
@@ -95,7 +95,7 @@ METHODS: Mapping[str, Callable[[], nn.Module]] = {
         feature="res2",
         warmup_iters=0,
         max_per_group=1,
-        memory=bank(max_per_class=None),
+        memory=bank(max_keys=None),
         **FEW,
     ),
     "contextrast": lambda: contextrast(CHANNELS, K, **SMALL),

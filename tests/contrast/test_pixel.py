@@ -87,7 +87,7 @@ def assert_same(contrast: PixelContrast, batch: tuple, loss: Tensor, expected: T
 
 
 def test_loss_gradients_and_statistics_are_those_of_the_equations() -> None:
-    for memory in (None, {}, {"max_per_class": 4}, {"regions_per_class": 0}):
+    for memory in (None, {}, {"max_keys": 16}, {"regions_per_class": 0}):
         contrast = build(weight=0.3, temperature=0.2, memory=memory).double()
         run(contrast, double(random_batch()))
         batch = double(random_batch())

@@ -23,7 +23,7 @@ from contrast_d2.engine.trainer import MOST_SKIPPED, Batch
 from contrast_d2.files import DiskFullError
 
 from ..helpers import HostWaits
-from ..tiny import NUM_CLASSES, tiny_segmentor
+from ..tiny import NUM_CLASSES, tiny_contrast, tiny_segmentor
 
 Optimizer = Callable[..., torch.optim.Optimizer]
 
@@ -312,8 +312,8 @@ def test_the_host_reads_a_step_while_the_next_one_is_queued() -> None:
 @pytest.mark.parametrize("amp_dtype", [None, "bf16", "fp16"])
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 def test_a_step_waits_for_nothing(amp_dtype: str | None, clip_norm: float | None) -> None:
-    """Trainer, segmentor, segmentation loss, optimizer and hooks, as far as a CPU can tell."""
-    model = tiny_segmentor()
+    """Trainer, segmentor, losses, contrast, optimizer and hooks, as far as a CPU can tell."""
+    model = tiny_segmentor(tiny_contrast())
     batch = [
         {
             "image": torch.randint(0, 256, (3, height, 64), dtype=torch.uint8),
@@ -347,8 +347,9 @@ def test_a_step_waits_for_nothing(amp_dtype: str | None, clip_norm: float | None
     start = model.sem_seg_head.predictor.weight.detach().clone()
     trainer.train(0, 5)
     assert waits.calls == []
+    baseline = tiny_segmentor()
     with HostWaits() as copies:  # which sees copies to the device too
-        model(batch)
+        baseline(batch)
     assert copies.calls == []
     assert not torch.equal(model.sem_seg_head.predictor.weight, start)
     trainer.optimizer = SGD(model.parameters(), lr=1e-3)  # and it would be noticed

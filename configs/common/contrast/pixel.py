@@ -32,7 +32,8 @@ pixel_memory.memory = L(contrast.MemoryBank)(
     regions_per_class=2975,
     pixels_per_class=29_750,
     # The paper sets no bound. All keys of 19 classes would be 621,775.
-    max_per_class=2000,
+    # These are 2,000 of each.
+    max_keys=38_000,
 )
 
 pixel_memory_correct = deepcopy(pixel_memory)
@@ -64,5 +65,5 @@ pixel_memory_release.memory = L(contrast.MemoryBank)(
     embed_dim="${..embed_dim}",
     regions_per_class=5000,
     pixels_per_class=5000,
-    max_per_class=None,
+    max_keys=None,
 )

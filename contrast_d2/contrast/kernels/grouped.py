@@ -142,7 +142,8 @@ def shapes(kernel: str, width: int, split: bool, capability: tuple[int, int]) ->
     data_centre = capability[0] in (9, 10)
     piece, out = min(width, 64), min(width, 128)
     if kernel == "positives":
-        return [Shape(64, 64 if data_centre and not split else 32, piece, width, 4)]
+        wide = capability[0] == 10 or (capability[0] == 9 and not split)
+        return [Shape(64, 64 if wide else 32, piece, width, 4)]
     if capability[0] == 9:
         return _HOPPER[kernel, split][width]
     if kernel == "negatives":
