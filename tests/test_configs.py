@@ -617,8 +617,8 @@ def test_forward_and_backward_of_every_method(name: str) -> None:
     model, losses = trained(cfg)
     assert list(losses) == ["loss_sem_seg", *(f"loss_contrast_{term}" for term in TERMS[name])]
     # At random weights few pixels are right, and PNE may find no group. Of maps of 16x24 pixels no
-    # class has the 101 that the official code of pixel contrast asks for, and at coarse strides none
-    # the 5 of multi-scale contrast's. Regions are contrasted with those of earlier steps.
+    # class has the 101 that the official code of pixel contrast asks for, and at coarse strides
+    # none the 5 of multi-scale contrast's. Regions are contrasted with those of earlier steps.
     if name not in ("pne", "pixel_release", "ms_cs_release_majority", "region"):
         assert all(loss > 0 for loss in losses.values())
 
