@@ -39,5 +39,5 @@ clusters = L(contrast.clustered_prototypes)(**_map)
 
 centres = L(contrast.centre_regulariser)(**_map)
 
-# Classes by group, such as `class_groups` of the dataset's metadata.
+# Classes by group, such as `class_groups` of the dataset's metadata. A yaml config cannot name it.
 tree = L(contrast.tree_triplets)(**_map, groups="???")
