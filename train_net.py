@@ -87,6 +87,7 @@ def do_train(cfg: DictConfig, *, resume: bool) -> dict[str, Any]:
         amp_dtype=options.amp.dtype if options.amp.enabled else None,
         accumulation_steps=options.accumulation_steps,
         clip_norm=options.clip_norm,
+        log_period=options.log_period,
     )
     checkpointer = Checkpointer(
         model, output_dir, allow_pickle=options.allow_pickle, trainer=trainer

@@ -5,7 +5,7 @@ Shape letters: B images, K classes, H W the padded size of a batch, h w a featur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -83,7 +83,7 @@ class ContrastiveSegmentor(SemanticSegmentor):
         self.seg_loss = seg_loss
         self.contrast = contrast
         self.ignore_label = ignore_label
-        self.statistics: dict[str, Tensor] = {}
+        self.statistics: Mapping[str, Tensor] = {}
         # detectron2's own ResNet asks for no padding (0), yet a pyramid on its maps needs strides
         # that are exact, and so do labels at the resolution of a map.
         self._size_divisibility = backbone.size_divisibility or max(

@@ -9,7 +9,7 @@ Usage:
     python tools/benchmark.py data --output results/performance_data.json
     python tools/benchmark.py evaluation --output results/performance_evaluation.json
     python tools/benchmark.py model configs/cityscapes/fcn_hrnet48_{base,ms_cs}_40k.py --batch 2
-    python tools/benchmark.py model --suite gpu --output results/performance_model_gpu.json
+    python tools/benchmark.py gpu --tests --output results/gpu.json
     python tools/benchmark.py tables
 """
 
@@ -54,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_model(commands)
     _add_data(commands)
     _add_evaluation(commands)
+    _add_gpu(commands)
     _add_tables(commands)
     options = parser.parse_args(arguments)
     try:
@@ -126,9 +127,8 @@ def _add_model(commands: Any) -> None:
     )
     parser.set_defaults(run=_model)
     parser.add_argument(
-        "files", nargs="*", type=Path, metavar="FILE", help="experiment files, the baseline first"
+        "files", nargs="+", type=Path, metavar="FILE", help="experiment files, the baseline first"
     )
-    parser.add_argument("--suite", choices=["gpu"], help="instead of files: all of the GPU table")
     parser.add_argument("--batch", type=int, help="images (default: as the baseline's file)")
     parser.add_argument(
         "--size",
@@ -144,6 +144,22 @@ def _add_model(commands: Any) -> None:
         help="autocast to it (default fp32)",
     )
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
+
+
+def _add_gpu(commands: Any) -> None:
+    summary = "all that is to be known of a GPU, in one call of at most ten minutes"
+    parser = commands.add_parser("gpu", help=summary, description=f"Measure {summary}.")
+    parser.set_defaults(run=_gpu)
+    parser.add_argument(
+        "--seconds", type=float, default=540, help="begin nothing after so long (default 540)"
+    )
+    parser.add_argument("--tests", action="store_true", help="also run the tests for GPUs")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="rehearse on the CPU, at the smallest sizes"
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", required=True, help="where results go, as JSON"
+    )
 
 
 def _add_measurement(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
@@ -215,23 +231,34 @@ def _projection(options: argparse.Namespace) -> int:
 
 
 def _model(options: argparse.Namespace) -> int:
-    if options.suite is None:
-        work = models.step_of(
-            options.files,
-            batch=options.batch,
-            size=options.size,
-            precision=options.precision,
-            compiled=options.compile,
-        )
-        measured = {options.files[0].stem: work}
-    else:
-        if options.files:
-            raise ValueError("--suite names its files itself: give either the one or the others")
-        if torch.device(options.device).type != "cuda":
-            raise ValueError(f"--suite gpu on --device {options.device}: it needs a GPU")
-        measured = models.gpu_suite(Path(__file__).parents[1] / "configs")
+    work = models.step_of(
+        options.files,
+        batch=options.batch,
+        size=options.size,
+        precision=options.precision,
+        compiled=options.compile,
+    )
+    measured = {options.files[0].stem: work}
     _write(models.measure(measured, **_settings(options)), options.output)
     return 0
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    if not options.dry_run and not torch.cuda.is_available():
+        raise ValueError("there is no CUDA device: rehearse with --dry-run")
+    from bench import gpu  # brings the profiler
+
+    results = gpu.measure(
+        gpu.DRY if options.dry_run else gpu.FULL,
+        torch.device("cpu" if options.dry_run else "cuda"),
+        seconds=options.seconds,
+        tests=gpu.gpu_tests() if options.tests else (),
+        keep=lambda found: _write(found, options.output),
+        say=_say,
+    )
+    broken = [name for name, kept, _ in results["promises"] if kept is False]
+    # A rehearsal's times say nothing.
+    return 2 if results["failed"] or (broken and not options.dry_run) else 0
 
 
 def _data(options: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -274,7 +275,8 @@ class BoundaryNegatives:
         )
         pixel_A = index_A - image_A * num_pixels
         if labels.device.type == "cpu":  # which knows how many there are
-            class_counts = classes_A.bincount(minlength=self.num_classes + 1)[:-1].tolist()
+            counts = np.bincount(classes_A.numpy(), minlength=self.num_classes + 1)
+            class_counts = counts[:-1].tolist()
             drawn = slice(sum(class_counts))
             return PixelDraw(image_A[drawn], pixel_A[drawn], classes_A[drawn], tuple(class_counts))
         labels_A = classes_A.masked_fill(classes_A == self.num_classes, -1)

@@ -280,8 +280,8 @@ class MemoryBank(RingBuffer):
             generator: source of the choice, on the bank's device; None for the default one.
 
         Returns:
-            Keys as they are stored, to be used before others are, of a number that does not depend
-            on how full the bank is. -1 labels empty slots.
+            Keys in the bank's dtype, of a number that does not depend on how full it is. -1 labels
+            empty slots.
         """
         device = self.keys.device
         index = torch.arange(len(self.keys), device=device)
@@ -291,8 +291,8 @@ class MemoryBank(RingBuffer):
         per_class = most = sum(self.slots.values())
         if self.max_keys is not None:
             most = max(self.max_keys // self.num_classes, 1)
-        if most >= per_class:
-            return PixelSet(self.keys, labels)
+        if most >= per_class:  # a copy, for the bank changes before the backward pass
+            return PixelSet(self.keys.clone(), labels)
         # (K, slots) all slots of a class in one row, and random numbers for the filled ones.
         slots_KS = torch.cat(
             [
@@ -352,7 +352,7 @@ class AnchorMemory(RingBuffer):
         state which anchors are taken; ours: the newest, as they are nearest to the current weights.
 
         Returns:
-            (K * M, D) anchors, to be used before others are stored; -1 labels those not taken.
+            (K * M, D) anchors; -1 labels those not taken.
         """
         size = self.slots["anchors"]
         filled = self.filled > 0
@@ -360,7 +360,7 @@ class AnchorMemory(RingBuffer):
         age_KM = (self.pointers[:, None] - 1 - torch.arange(size, device=self.keys.device)) % size
         taken_KM = (age_KM < number) & filled[:, None]
         classes = torch.arange(self.num_classes, device=self.keys.device)
-        return PixelSet(self.keys, torch.where(taken_KM, classes[:, None], -1).flatten())
+        return PixelSet(self.keys.clone(), torch.where(taken_KM, classes[:, None], -1).flatten())
 
 
 def _region_keys(embeddings: Tensor, labels: Tensor, num_classes: int) -> PixelSet:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .projector import MultiScaleProjector
 from .sampling import Batch, Sampler
 from .sets import PixelSet, draws_on_device
-from .terms import ContrastOutput, OwnTerm, Term, evaluate, loss_name
+from .terms import ContrastOutput, OwnTerm, Statistics, Term, evaluate, loss_name
 
 # What padding and unlabelled pixels have in the labels of most data sets.
 IGNORE_LABEL = 255
@@ -199,10 +199,10 @@ def compute(
     losses: dict[str, Tensor] = {}
     labels = batch.host_labels(feature)
     ignored = 1 - float(((labels >= 0) & (labels < num_classes)).float().mean())
-    statistics = {"contrast/ignored_share": torch.full((), ignored, device=batch.device)}
+    ready = {"contrast/ignored_share": torch.full((), ignored, device=batch.device)}
     for prefix, method in methods.items():
         if method.memory is not None:
-            statistics[f"contrast/{prefix}bank_fill"] = method.memory.fill_fraction()
+            ready[f"contrast/{prefix}bank_fill"] = method.memory.fill_fraction()
             if inspection is not None:
                 inspection.see_memory(prefix, method.memory)
         if method.count_step():
@@ -220,7 +220,8 @@ def compute(
     )
     for prefix, method in methods.items():
         method.remember(batches[prefix])
-    return ContrastOutput({**losses, **output.losses}, {**statistics, **output.statistics})
+    statistics = Statistics(lambda: {**ready, **output.statistics})
+    return ContrastOutput({**losses, **output.losses}, statistics)
 
 
 def connected_zero(tensors: Iterable[Tensor]) -> Tensor:

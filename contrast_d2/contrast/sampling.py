@@ -355,12 +355,11 @@ def class_counts(quotas: Tensor) -> list[tuple[int, ...]]:
 
 
 def count_pixels(label_map: Tensor, num_classes: int) -> Tensor:
-    """(K, B) int64 pixels of each class in each image of a map (B, h, w)."""
+    """(K, B) int64 pixels of each class in each image of a map (B, h, w) on the host."""
     known = (label_map >= 0) & (label_map < num_classes)
-    images = torch.arange(len(label_map), device=label_map.device) * (num_classes + 1)
-    keys = torch.where(known, label_map.long(), num_classes) + images[:, None, None]
-    counts = torch.bincount(keys.flatten(), minlength=len(label_map) * (num_classes + 1))
-    return counts.view(len(label_map), -1)[:, :-1].T
+    keys = torch.where(known, label_map.long(), num_classes).flatten(1).numpy()
+    counts = [np.bincount(of_image, minlength=num_classes + 1)[:-1] for of_image in keys]
+    return torch.from_numpy(np.stack(counts, axis=1))
 
 
 _KEY_TYPES = (torch.uint8, torch.int16, torch.int32)

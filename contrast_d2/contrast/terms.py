@@ -15,7 +15,7 @@ Shape letters: A anchors, C contrast samples, D embedding width, K classes, R an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, Protocol
 
@@ -139,10 +139,37 @@ class ContrastOutput(NamedTuple):
         losses: 0-dim fp32 tensors by name, `loss_contrast_<term>`, weights included: their sum
             joins the segmentation loss.
         statistics: 0-dim detached tensors by name, `contrast/<term>/<quantity>`, for logging only.
+            They are computed when they are first looked at.
     """
 
     losses: dict[str, Tensor]
-    statistics: dict[str, Tensor]
+    statistics: Mapping[str, Tensor]
+
+
+class Statistics(Mapping[str, Tensor]):
+    """Statistics that cost nothing until someone looks at them.
+
+    Args:
+        compute: returns them by name; is called once at most.
+    """
+
+    def __init__(self, compute: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._compute: Callable[[], Mapping[str, Tensor]] | None = compute
+        self._found: Mapping[str, Tensor] = {}
+
+    def _values(self) -> Mapping[str, Tensor]:
+        if self._compute is not None:
+            self._found, self._compute = self._compute(), None
+        return self._found
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values())
+
+    def __len__(self) -> int:
+        return len(self._values())
 
 
 def evaluate(
@@ -171,25 +198,25 @@ def evaluate(
     own = [term for term in terms if isinstance(term, Term)]
     sides = _sides_of_all(own) if processes > 1 else [term.contrast for term in own]
     losses = _losses(own, sides, processes)
-    statistics = _statistics(own, sides, num_classes)
+    ready: dict[str, dict[str, Tensor]] = {}
     for term in terms:
         if isinstance(term, OwnTerm):
             losses[term.name] = term.weight * processes * term.share
-            statistics[term.name] = dict(term.statistics)
+            ready[term.name] = {name: value.detach() for name, value in term.statistics.items()}
     if observer is not None:
         for term, contrast in zip(own, sides, strict=True):
             observer.see_term(term, contrast)
         for term in terms:
             if isinstance(term, OwnTerm):
                 observer.see_own_term(term)
-    return ContrastOutput(
-        {loss_name(term.name): losses[term.name] for term in terms},
-        {
-            f"contrast/{term.name}/{quantity}": value.detach()
-            for term in terms
-            for quantity, value in statistics[term.name].items()
-        },
-    )
+    names = [term.name for term in terms]
+    sets = _detached(own, sides)
+
+    def statistics() -> dict[str, Tensor]:
+        found = {**ready, **_statistics(*sets, num_classes)}
+        return {f"contrast/{n}/{quantity}": x for n in names for quantity, x in found[n].items()}
+
+    return ContrastOutput({loss_name(name): losses[name] for name in names}, Statistics(statistics))
 
 
 def loss_name(term: str) -> str:
@@ -414,6 +441,24 @@ class _InfoNCE(Function):
             None if d is None else d * grad.to(d.dtype) for d in ctx.saved_tensors
         )
         return d_anchors, d_contrast, None
+
+
+def _detached(
+    terms: Sequence[Term], sides: Sequence[Sequence[Side]]
+) -> tuple[list[Term], list[list[Side]]]:
+    """The same terms without a graph, which statistics would keep alive."""
+    known: dict[int, PixelSet] = {}
+
+    def detached(x: PixelSet) -> PixelSet:
+        if id(x) not in known:
+            known[id(x)] = x._replace(embeddings=x.embeddings.detach())
+        return known[id(x)]
+
+    def all_of(part: Sequence[Side]) -> list[Side]:
+        return [side._replace(set=detached(side.set)) for side in part]
+
+    found = [x._replace(anchors=detached(x.anchors), contrast=all_of(x.contrast)) for x in terms]
+    return found, [all_of(part) for part in sides]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -92,6 +92,8 @@ class Trainer(TrainerBase):
         amp_dtype: autocast to "bf16" or "fp16", the latter with a loss scaler; None for fp32.
         accumulation_steps: batches whose gradients are averaged for one optimizer step.
         clip_norm: largest 2-norm of the gradient; None for no clipping.
+        log_period: iterations from one look at the model's statistics to the next, which are not
+            computed in between.
 
     Attributes:
         last_batch: what the model was run on last, for hooks.
@@ -111,6 +113,7 @@ class Trainer(TrainerBase):
         amp_dtype: str | None = None,
         accumulation_steps: int = 1,
         clip_norm: float | None = None,
+        log_period: int = 1,
     ) -> None:
         super().__init__()
         if seed < 0:
@@ -128,6 +131,7 @@ class Trainer(TrainerBase):
         self.seed = seed
         self.clip_norm = clip_norm
         self.accumulation_steps = accumulation_steps
+        self.log_period = log_period
         self.last_batch: Batch = []
         self._device = next(model.parameters()).device
         self._amp_dtype = amp_dtype
@@ -174,6 +178,7 @@ class Trainer(TrainerBase):
         losses: list[dict[str, Tensor]] = []
         statistics: list[dict[str, Tensor]] = []
         data_seconds = 0.0
+        logged = (self.iter + 1) % self.log_period == 0 or self.iter + 1 == self.max_iter
         for step in range(self.accumulation_steps):
             start = time.perf_counter()
             batch = next(self._batches)
@@ -184,7 +189,7 @@ class Trainer(TrainerBase):
                 self._scaler.scale(total).backward()  # pyright: ignore[reportArgumentType, reportCallIssue]
             batches.append(batch)
             losses.append({name: loss.detach() for name, loss in batch_losses.items()})
-            statistics.append(dict(self._statistics()))
+            statistics.append(dict(self._statistics()) if logged else {})
         self.last_batch = batch
         self.storage.put_scalars(data_time=data_seconds)
         before, self._unread = self._unread, self._update(batches, losses, statistics)
@@ -209,7 +214,7 @@ class Trainer(TrainerBase):
         with self._autocast:
             return self.model(batch)
 
-    def _statistics(self) -> dict[str, Tensor]:
+    def _statistics(self) -> Mapping[str, Tensor]:
         """What the model left to be logged of its last batch."""
         wrapped = isinstance(self.model, DistributedDataParallel)
         return getattr(self.model.module if wrapped else self.model, "statistics", {})
@@ -271,13 +276,17 @@ class Trainer(TrainerBase):
         metrics = dict(zip(step.losses, means.tolist(), strict=True))
         metrics["total_loss"] = float(means.sum())
         columns = statistics.reshape(batches, -1).T
-        for name, column in zip(step.statistics, columns, strict=True):
-            if not np.isnan(column).all():
-                metrics[name] = float(np.nanmean(column))
+        looked_at = {
+            name: float(np.nanmean(column))
+            for name, column in zip(step.statistics, columns, strict=True)
+            if not np.isnan(column).all()
+        }
         if np.isfinite(norm):
             metrics["grad_norm"] = float(norm)
         now, self.storage.iter = self.storage.iter, step.iteration
         self.storage.put_scalars(**metrics)
+        # Of single steps, a period apart.
+        self.storage.put_scalars(**looked_at, smoothing_hint=False)
         if self._scaler.is_enabled():
             self.storage.put_scalar("loss_scale", scale, smoothing_hint=False)
         self.storage.iter = now

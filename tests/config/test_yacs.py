@@ -29,7 +29,7 @@ from contrast_d2.evaluation.runs import load_saved_config
 
 ROOT = Path(__file__).parents[2]
 CAMVID = ROOT / "configs/camvid"
-FILES = [p for p in sorted((ROOT / "configs").rglob("*.yaml")) if p.parent.name != "ablations"]
+FILES = [p for p in sorted((ROOT / "configs").glob("*/*.yaml")) if p.parent.name != "ablations"]
 PAIRS = [path for path in FILES if path.with_suffix(".py").exists()]
 MS_CS = str(CAMVID / "semfpn_r18_ms_cs_6k.yaml")
 OFFLINE = ["MODEL.BACKBONE.OPTIONS.PRETRAINED", "False"]

@@ -60,7 +60,7 @@ def test_ignored_labels_are_those_of_the_dataset(monkeypatch: pytest.MonkeyPatch
 
 def test_a_step_updates_and_tells_what_it_keeps() -> None:
     (run,) = tiny_step().contenders(CPU, [METHOD]).values()
-    leaves = run._leaves
+    leaves = run.leaves
     before = [leaf.detach().clone() for leaf in leaves]
     kept = run.settle()
     assert not all(torch.equal(a, b) for a, b in zip(before, leaves, strict=True))
@@ -95,19 +95,6 @@ def test_only_what_shall_be_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None
     assert [model.contrast is not None for model in compiled] == [False, True]
 
 
-def test_the_suite_for_gpus_is_the_table_that_it_fills() -> None:
-    suite = models.gpu_suite(ROOT / "configs")
-    assert {name: (s.scene.batch, s.scene.height, s.scene.width) for name, s in suite.items()} == {
-        "HRNet-W48, eager": (8, 512, 1024),
-        "HRNet-W48, compiled": (8, 512, 1024),
-        "UPerNet Swin-T, eager": (16, 512, 512),
-        "UPerNet Swin-T, compiled": (16, 512, 512),
-    }
-    assert [step.compiled for step in suite.values()] == [False, True, False, True]
-    assert {step.precision for step in suite.values()} == {"bf16"}
-    assert suite["UPerNet Swin-T, eager"].scene.num_classes == 150
-
-
 @pytest.mark.slow
 def test_the_tool_measures_models(tmp_path: Path) -> None:
     output = tmp_path / "model.json"
@@ -139,8 +126,6 @@ def test_mistakes_give_one_clear_line(main, monkeypatch, capsys) -> None:
         ((method, base), "name the baseline first"),
         ((base, camvid), "[9, 11] classes"),
         ((base, method, "--batch", "0"), "--batch 0"),
-        ((base, method, "--suite", "gpu"), "either the one or the others"),
-        (("--suite", "gpu", "--device", "cpu"), "needs a GPU"),
         ((base, method, "--precision", "bf16", "--device", "cpu"), "bf16 on cpu: it emulates"),
         ((base, "none.py"), "none.py: there is no such file"),
     ):

@@ -12,9 +12,6 @@ from .workloads import OURS, SUPCON, TEXTBOOK, InfoNCE, Step
 MOST_MIB = 100.0
 # Errors of value and gradient, relative to those of plain PyTorch in the same dtype.
 MOST_TIMES_TEXTBOOK_ERROR = 2.0
-# On a GPU: times the limit, at the tensor cores' peak, and speed relative to the textbook form.
-CUDA_TIMES_LIMIT = {"infonce_9984": 3.0}
-LEAST_CUDA_GAIN = 10.0
 
 
 class Case(NamedTuple):

@@ -33,12 +33,14 @@ class MethodStep:
         scene: B, H, W and the look of generated labels, under random images.
         precision: "fp32", or autocast to "bf16".
         compiled: by `torch.compile`.
+        channels_last: weights and maps in that format, as `train.channels_last` has them.
     """
 
     files: Mapping[str, str]
     scene: Scene
     precision: str = "fp32"
     compiled: bool = False
+    channels_last: bool = False
 
     def contenders(self, device: torch.device, names: Sequence[str]) -> dict[str, Contender]:
         """A training step of each named file's model."""
@@ -46,6 +48,8 @@ class MethodStep:
         runs = {}
         for name in names:
             model = self.model(name).to(device)
+            if self.channels_last:
+                model = model.to(memory_format=torch.channels_last)
             run = torch.compile(model) if self.compiled else model
             compute = partial(_training_losses, run, batch, device, self.precision)
             optimizer = _optimizer(self.files[name], model)

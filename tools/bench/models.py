@@ -19,8 +19,6 @@ from .machine import Say, note
 from .methods import MethodStep, measure_step
 from .scenes import Scene
 
-_HRNET = ("fcn_hrnet48_base_40k", "fcn_hrnet48_ms_cs_40k")
-_UPERNET = ("upernet_swin_tiny_base_160k", "upernet_swin_tiny_ms_cs_160k")
 _MANY_CLASSES = 100
 
 
@@ -31,6 +29,7 @@ def step_of(
     size: Sequence[int] | None = None,
     precision: str = "fp32",
     compiled: bool = False,
+    channels_last: bool = False,
 ) -> MethodStep:
     """A training step, with its update, of experiment files on generated labels.
 
@@ -38,7 +37,7 @@ def step_of(
         files: the baseline first.
         batch: B; None for the batch of the baseline's file.
         size: H and W; None for the crop of that file.
-        precision, compiled: as in `MethodStep`.
+        precision, compiled, channels_last: as in `MethodStep`.
 
     Raises:
         ValueError: a file or a setting that cannot be.
@@ -65,6 +64,7 @@ def step_of(
         scene=scene_of(classes.pop(), batch, size),
         precision=precision,
         compiled=compiled,
+        channels_last=channels_last,
     )
 
 
@@ -96,30 +96,6 @@ def scene_of(num_classes: int, batch: int, size: Sequence[int]) -> Scene:
         stuff_per_image=min(scene.stuff_per_image, num_classes),
         object_area=scene.object_area * share,
     )
-
-
-def gpu_suite(configs: Path) -> dict[str, MethodStep]:
-    """HRNet-W48 on 8 images of 512x1024 and UPerNet with Swin-T on 16 of 512x512, eager and
-    compiled, in bf16.
-
-    Args:
-        configs: folder of the experiment files.
-    """
-    models = {
-        "HRNet-W48": (configs / "cityscapes", _HRNET, 8, (512, 1024)),
-        "UPerNet Swin-T": (configs / "ade20k", _UPERNET, 16, (512, 512)),
-    }
-    return {
-        f"{name}, {'compiled' if compiled else 'eager'}": step_of(
-            [folder / f"{file}.py" for file in files],
-            batch=batch,
-            size=size,
-            precision="bf16",
-            compiled=compiled,
-        )
-        for name, (folder, files, batch, size) in models.items()
-        for compiled in (False, True)
-    }
 
 
 def measure(

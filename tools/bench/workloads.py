@@ -53,7 +53,7 @@ class Contender:
 
     def __init__(self, compute: Callable[[], Tensor], leaves: Sequence[Tensor]) -> None:
         self._compute = compute
-        self._leaves = leaves
+        self.leaves = leaves
 
     def __call__(self) -> Tensor:
         """Forward and backward; returns the loss."""
@@ -64,7 +64,7 @@ class Contender:
 
     def drop_gradients(self) -> None:
         """Frees what the last call left."""
-        for leaf in self._leaves:
+        for leaf in self.leaves:
             leaf.grad = None
 
     def settle(self) -> int:

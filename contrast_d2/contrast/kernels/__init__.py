@@ -1,0 +1,1 @@
+"""How the InfoNCE and the reading of drawn pixels are computed, on each kind of device."""

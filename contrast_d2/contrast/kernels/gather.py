@@ -263,7 +263,7 @@ def _read_on_gpu(
         table = _table(entries, [(i, n, entries[i][5]) for i, n in blocks], maps[0].device)
         launch(
             _read_rows,
-            len(blocks),
+            (len(blocks),),
             table,
             len(entries) * _ENTRIES,
             NORMALIZE=normalize,
@@ -299,7 +299,7 @@ def _write_on_gpu(
             table = _table(entries, blocks, d_maps[0].device)
             launch(
                 _write_rows,
-                len(blocks),
+                (len(blocks),),
                 table,
                 len(entries) * _ENTRIES,
                 ADD=part > 0,
@@ -345,11 +345,14 @@ def _table(
 @jit
 def _pointer(entry, KIND: tl.constexpr):
     """The pointer that an entry holds, to elements of a dtype of `_KINDS`."""
+    # One way out: the compiler wants one type of all that are reached, and reads on behind an `if`.
     if KIND == 0:
-        return tl.load(entry).to(tl.pointer_type(tl.float32))
-    if KIND == 1:
-        return tl.load(entry).to(tl.pointer_type(tl.float16))
-    return tl.load(entry).to(tl.pointer_type(tl.bfloat16))
+        pointer = tl.load(entry).to(tl.pointer_type(tl.float32))
+    elif KIND == 1:
+        pointer = tl.load(entry).to(tl.pointer_type(tl.float16))
+    else:
+        pointer = tl.load(entry).to(tl.pointer_type(tl.bfloat16))
+    return pointer
 
 
 @jit

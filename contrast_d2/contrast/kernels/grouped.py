@@ -34,7 +34,7 @@ from torch.autograd import Function
 
 from ..sets import PixelSet, refuse_second_derivative
 from . import grouped_triton as kernels
-from .triton_tools import is_usable
+from .triton_tools import is_usable, launch
 
 if TYPE_CHECKING:
     from ..terms import Side, Term
@@ -588,15 +588,9 @@ class _Run:
         shape: Shape | None,
         *arguments: Any,
     ) -> None:
-        """Launches a kernel, unless there is nothing to do."""
-        if grid[0] == 0:
-            return
         variant = Variant(kernel, self.width, self.split, shape)
-        # Triton launches on the current device, whichever the tensors are on.
-        with torch.cuda.device_of(table):
-            getattr(kernels, kernel)[grid](
-                table, *arguments, **variant.constants, **variant.options
-            )
+        constants = variant.constants | variant.options
+        launch(getattr(kernels, kernel), grid, table, *arguments, **constants)
 
 
 def _empty(device: torch.device, size: tuple[int, ...], dtype: torch.dtype = torch.float32):

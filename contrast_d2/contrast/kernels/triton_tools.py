@@ -64,12 +64,14 @@ def upload(values: np.ndarray, device: torch.device) -> Tensor:
     return table.to(device, non_blocking=True)
 
 
-def launch(kernel: Any, programs: int, table: Tensor, *arguments: Any, **constants: Any) -> None:
+def launch(
+    kernel: Any, grid: tuple[int, ...], table: Tensor, *arguments: Any, **constants: Any
+) -> None:
     """Launches a kernel on the table's device, unless there is nothing to do."""
-    if programs:
+    if grid[0]:
         # Triton launches on the current device, whichever the tensors are on.
         with torch.cuda.device_of(table):
-            kernel[(programs,)](table, *arguments, **constants)
+            kernel[grid](table, *arguments, **constants)
 
 
 def _nothing() -> None: ...

@@ -14,15 +14,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contrast_d2.contrast import evaluate, info_nce
-from contrast_d2.contrast.kernels import grouped, triton_tools
+from contrast_d2.contrast import evaluate, info_nce, ms_cs
+from contrast_d2.contrast.kernels import gather, grouped, triton_tools
 from contrast_d2.contrast.kernels.grouped import grouped_info_nce, is_available, shapes
 from contrast_d2.contrast.sets import PixelSet
 from contrast_d2.contrast.terms import Side, Term
@@ -158,7 +158,10 @@ def tolerance(width: int, temperature: float, single: bool) -> float:
 # ---- without a GPU
 
 
-QUICK = "small_sets or exactly_zero or in_place or changes_no_digit or two_widths or of_both_kinds"
+QUICK = (
+    "small_sets or exactly_zero or in_place or changes_no_digit or two_widths or of_both_kinds "
+    "or whole_step"
+)
 
 
 @pytest.mark.parametrize("chosen", [QUICK, pytest.param("", marks=pytest.mark.slow, id="all")])
@@ -445,6 +448,31 @@ def test_the_number_of_launches_does_not_depend_on_that_of_terms(
     run(terms[:1])
     assert launched == several
     assert several == ["pack", "negatives", "positives", "coefficients", "gradient", "add_up"]
+
+
+@kernel_test
+def test_a_whole_step_launches_eight_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = []
+
+    def launch(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        triton_tools.launch(kernel, *arguments, **constants)
+
+    for module in (gather, grouped):
+        monkeypatch.setattr(module, "launch", launch)
+    channels = {"res2": 8, "res3": 16, "res4": 24}
+    method = ms_cs(channels, 5, embed_dim=64).to(DEVICE)
+    maps = {
+        name: torch.randn(2, c, 16 >> i, 16 >> i, device=DEVICE)
+        for i, (name, c) in enumerate(channels.items())
+    }
+    labels = (torch.arange(32) // 7).expand(2, 32, 32)  # stripes
+    losses = method(maps, labels).losses
+    assert len(losses) == 5
+    forward = ["_read_rows", "pack", "negatives", "positives", "coefficients"]
+    assert launched == forward
+    torch.stack(list(losses.values())).sum().backward()
+    assert launched[5:] == ["gradient", "add_up", "_write_rows"]
 
 
 @kernel_test
