@@ -34,6 +34,8 @@ _PRESETS = (
     (CONTRAST_REGISTRY, "contrast/ms_cs", "ms ms_cs ms_cs_paper ms_cs_release"),
     (CONTRAST_REGISTRY, "contrast/pixel", "pixel pixel_memory pixel_memory_semi_hard"),
     (CONTRAST_REGISTRY, "contrast/pixel", "pixel_memory_paper pixel_release pixel_memory_release"),
+    (CONTRAST_REGISTRY, "contrast/pixel", "pixel_memory_correct"),
+    (CONTRAST_REGISTRY, "contrast/comparators", "region prototypes clusters centres"),
     (CONTRAST_REGISTRY, "contrast/contextrast", "contextrast"),
     (CONTRAST_REGISTRY, "contrast/pne", "pne pne_release"),
     (SEG_LOSS_REGISTRY, "losses", "aaf cross_entropy cross_entropy_lovasz dice focal lovasz"),

@@ -19,7 +19,15 @@ from detectron2.config import LazyConfig, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import Tensor, nn
 
-from contrast_d2.contrast import PNE, ContrastMethod, ContrastSum, MultiScaleContrast, PixelContrast
+from contrast_d2.contrast import (
+    PNE,
+    CentreRegulariser,
+    ClusteredPrototypes,
+    ContrastMethod,
+    ContrastSum,
+    MultiScaleContrast,
+    PixelContrast,
+)
 from contrast_d2.engine import check_classes
 from contrast_d2.losses import AdaptiveAffinityLoss, LossSum, RMILoss
 from contrast_d2.segmentor import ContrastiveSegmentor
@@ -45,6 +53,7 @@ OF_PAPERS = [path for path in FILES if path not in OWN]
 ARCHITECTURES = {
     "configs/cadis/ocr_r50_ms_cs_task2_50ep.py": "resnet18",
     "configs/cadis/ocr_r50_ms_cs_release_task2_50ep.py": "resnet18",
+    "configs/cadis/ocr_r50_tree_task2_50ep.py": "resnet18",
     "configs/camvid/semfpn_r18_ms_cs_6k.py": "resnet18",
     "configs/camvid/semfpn_r18_ms_cs_pyramid_6k.py": "resnet18",
     "configs/camvid/semfpn_r18_pixel_6k.py": "resnet18",
@@ -68,6 +77,8 @@ ARCHITECTURES = {
 }
 # Terms of each other method's loss.
 TERMS = {
+    "centres": ["p2"],
+    "clusters": ["p2"],
     "contextrast": ["res2", "res3", "res4", "res5"],
     "ms_cs_boundary": ["res2", "res3", "res4", "res5", "res2_res5", "res2_res4"],
     "ms_cs_contextrast": [
@@ -76,12 +87,16 @@ TERMS = {
         *("contextrast_res2", "contextrast_res3", "contextrast_res4", "contextrast_res5"),
     ],
     "ms_cs_pyramid": ["p2", "p3", "p4", "p5", "p2_p5", "p2_p4"],
+    "ms_cs_release_majority": ["res2", "res3", "res4", "res5", "res2_res5", "res2_res4"],
     "pixel": ["p2"],
     "pixel_boundary": ["p2"],
     "pixel_memory": ["p2"],
+    "pixel_memory_correct": ["p2"],
     "pixel_memory_semi_hard": ["p2"],
     "pixel_release": ["p2"],
     "pne": ["pre_logits"],
+    "prototypes": ["p2"],
+    "region": ["p2"],
 }
 
 
@@ -330,6 +345,7 @@ def method_settings(method: ContrastMethod, gpus: int) -> dict[str, Any]:
     for name in (
         *("temperature", "feature", "samples_per_group", "max_hard", "official_code"),
         *("layers", "deepest_weight", "boundary_fraction", "negatives"),
+        *("centres", "margin", "distance_weight"),
     ):
         found[name] = getattr(method, name, None)
     weight = getattr(method, "weight", None)
@@ -347,6 +363,7 @@ def method_settings(method: ContrastMethod, gpus: int) -> dict[str, Any]:
             if pair.anchors != pair.contrast
         ]
         found["count_empty"] = method.count_empty_anchors
+        found["label_sampling"] = method.sampler.label_sampling
     found["weight"] = None if weight is None else round(weight, 6)
     sampler = getattr(method, "sampler", None)
     if sampler is not None:
@@ -357,6 +374,11 @@ def method_settings(method: ContrastMethod, gpus: int) -> dict[str, Any]:
         found["floor"] = getattr(sampler, "min_per_class", None)
         found["hard_share"] = getattr(sampler, "hard_share", None)
         found["fill_from"] = getattr(sampler, "fill_from", None)
+    if isinstance(method, ClusteredPrototypes):
+        found["prototypes_per_class"] = method.prototypes.shape[1]
+        found["prototype_momentum"] = method.momentum
+    if isinstance(method, CentreRegulariser):
+        found["cosine_scale"] = method.scale
     if isinstance(method, PixelContrast):
         found["semi_hard"] = None if method.pairs is None else method.pairs.fraction
     memory = method.memory
@@ -365,6 +387,7 @@ def method_settings(method: ContrastMethod, gpus: int) -> dict[str, Any]:
         found["pixels"] = memory.slots["pixels"]
         found["pixels_per_image"] = memory.pixels_per_image
         found["keys"] = memory.max_keys
+        found["admission"] = memory.admission
     return found
 
 
@@ -594,8 +617,9 @@ def test_forward_and_backward_of_every_method(name: str) -> None:
     model, losses = trained(cfg)
     assert list(losses) == ["loss_sem_seg", *(f"loss_contrast_{term}" for term in TERMS[name])]
     # At random weights few pixels are right, and PNE may find no group. Of maps of 16x24 pixels no
-    # class has the 101 that the official code of pixel contrast asks for.
-    if name not in ("pne", "pixel_release"):
+    # class has the 101 that the official code of pixel contrast asks for, and at coarse strides
+    # none the 5 of multi-scale contrast's. Regions are contrasted with those of earlier steps.
+    if name not in ("pne", "pixel_release", "ms_cs_release_majority", "region"):
         assert all(loss > 0 for loss in losses.values())
 
 

@@ -142,7 +142,8 @@ def test_a_contrast_method_reads_in_few_files() -> None:
             names = {name.split(".")[2] for name in imports(file) if name.count(".") > 1}
             waiting += [f for name in names if (f := folder / f"{name}.py").exists()]
     assert folder / "terms.py" in read and len(read) <= 9, sorted(read)
-    for name in ("multiscale", "pixel", "contextual", "contextual_plus", "pne"):
+    names = ["multiscale", "pixel", "contextual", "contextual_plus", "pne", "region"]
+    for name in [*names, "prototypes", "clusters", "centres", "tree"]:
         source = (folder / f"{name}.py").read_text()
         assert len(source.splitlines()) <= 300, name
         for node in ast.walk(ast.parse(source)):

@@ -1,6 +1,8 @@
 """Contrast methods as plain PyTorch modules: feature maps and labels in, named losses out."""
 
 from .boundary import BoundaryNegatives, boundary_negatives, squared_distance_to_other
+from .centres import CentreRegulariser
+from .clusters import ClusteredPrototypes
 from .composition import ContrastSum
 from .contextual import Contextrast
 from .contextual_plus import ContextrastPlus
@@ -14,7 +16,10 @@ from .pairs import SemiHardPairs
 from .pixel import PixelContrast
 from .pne import PNE
 from .presets import (
+    centre_regulariser,
+    clustered_prototypes,
     contextrast,
+    fixed_prototypes,
     ms_cs,
     ms_cs_paper,
     ms_cs_release,
@@ -22,8 +27,12 @@ from .presets import (
     pixel_contrast_release,
     pne,
     pne_release,
+    region_contrast,
+    tree_triplets,
 )
 from .projector import MultiScaleProjector, Projector
+from .prototypes import FixedPrototypes
+from .region import RegionContrast
 from .sampling import BalancedSampler, Batch, Sampler, downsample_labels
 from .sets import (
     ClassSums,
@@ -33,6 +42,7 @@ from .sets import (
     mean_similarities,
 )
 from .terms import ContrastOutput, OwnTerm, Side, Term, evaluate, info_nce
+from .tree import TreeTriplets
 
 __all__ = [
     "PNE",
@@ -40,13 +50,16 @@ __all__ = [
     "BalancedSampler",
     "Batch",
     "BoundaryNegatives",
+    "CentreRegulariser",
     "ClassSums",
+    "ClusteredPrototypes",
     "Contextrast",
     "ContextrastPlus",
     "ContrastMethod",
     "ContrastOutput",
     "ContrastSum",
     "DrawnPixels",
+    "FixedPrototypes",
     "HardAnchorSampler",
     "Inspection",
     "MemoryBank",
@@ -57,16 +70,21 @@ __all__ = [
     "PixelDraw",
     "PixelSet",
     "Projector",
+    "RegionContrast",
     "Sampler",
     "SemiHardPairs",
     "Side",
     "Similarities",
     "Term",
+    "TreeTriplets",
     "boundary_negatives",
+    "centre_regulariser",
     "class_sums",
+    "clustered_prototypes",
     "contextrast",
     "downsample_labels",
     "evaluate",
+    "fixed_prototypes",
     "gather_embeddings",
     "gather_pixels",
     "info_nce",
@@ -78,5 +96,7 @@ __all__ = [
     "pixel_contrast_release",
     "pne",
     "pne_release",
+    "region_contrast",
     "squared_distance_to_other",
+    "tree_triplets",
 ]

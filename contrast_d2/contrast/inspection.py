@@ -109,10 +109,15 @@ class Inspection:
         """As in `Observer`. All pairs of at most 1024 anchors and 2048 samples are kept, or else
         those of so many, evenly spread over the sets."""
         prefix = term.name.rpartition("/")[0]
-        for number, side in enumerate([Side(term.anchors), *term.contrast]):
-            if side.set.draw is not None and (number == 0 or side.role == "negatives"):
-                role = "anchors" if number == 0 else "boundary negatives"
-                self._add_draw(prefix, side.set.feature, role, side.set.draw)
+        # Others are the anchors of another term, unless anchors are no pixels.
+        others = {"negatives": "boundary negatives"}
+        if term.anchors.draw is None:
+            others["both"] = "samples"
+        sides = [(term.anchors, "anchors")]
+        sides += [(side.set, others.get(side.role, "")) for side in term.contrast]
+        for pixels, role in sides:
+            if pixels.draw is not None and role:
+                self._add_draw(prefix, pixels.feature, role, pixels.draw)
         samples = joined_sets([side.set for side in contrast])
         rows = evenly_spread(term.anchors.labels >= 0, _MOST_ANCHORS)
         columns = evenly_spread(samples.labels >= 0, _MOST_SAMPLES)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from .sets import (
 logger = logging.getLogger(__name__)
 
 Storage = Literal["fp32", "fp16"]
+Admission = Literal["all", "correct"]
 
 _DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -135,6 +136,13 @@ class RingBuffer(nn.Module):
         self.pointers.add_(counts).remainder_(self.sizes.clamp(min=1))
         self.filled.add_(counts).copy_(self.filled.minimum(self.sizes))
 
+    def push_of_all_processes(self, keys: PixelSet) -> None:
+        """Stores the keys of all processes, whose labels are rings, in the order of ranks.
+
+        Every process has to call it.
+        """
+        self.push(*(torch.cat(x) for x in gather_parts(keys.embeddings.detach(), keys.labels)))
+
 
 class MemoryBank(RingBuffer):
     """Two rings per class: mean embeddings of regions, and embeddings of single pixels.
@@ -157,6 +165,10 @@ class MemoryBank(RingBuffer):
         max_keys: most keys that enter a step, an equal share of them for each class, all its filled
             slots being equally likely; at least one. None for the whole bank, which with 19 classes
             of 10,000 slots makes 190,000 contrast samples.
+        admission: which pixels of a batch become keys, "all" or, in single pixels and region means
+            alike, the "correct"ly predicted ones. The paper has all; semi-supervised methods admit
+            correct ones, there with a threshold of confidence, which is not here. Up to
+            `pixels_per_image` pixels are drawn of all, and the wrong ones of these are dropped.
         dtype: what the slots hold, "fp32" or, in half the memory, "fp16".
         persistent: keep the bank in the `state_dict`, so that a resumed run continues with it; or
             else it starts empty, and checkpoints do not grow by its size.
@@ -166,7 +178,9 @@ class MemoryBank(RingBuffer):
             image fills.
 
     Reference: Wang et al., "Exploring Cross-Image Pixel Contrast for Semantic Segmentation", ICCV
-        2021, section 3.2 ("pixel-to-region contrast" and the memory bank).
+        2021, section 3.2 ("pixel-to-region contrast" and the memory bank). Admission: Alonso,
+        Sabater, Ferstl, Montesano, Murillo, "Semi-Supervised Semantic Segmentation with Pixel-Level
+        Contrastive Learning from a Class-wise Memory Bank", ICCV 2021.
     """
 
     def __init__(
@@ -178,6 +192,7 @@ class MemoryBank(RingBuffer):
         pixels_per_class: int,
         pixels_per_image: int = 10,
         max_keys: int | None = None,
+        admission: Admission = "all",
         dtype: Storage = "fp32",
         persistent: bool = True,
     ) -> None:
@@ -200,12 +215,15 @@ class MemoryBank(RingBuffer):
                 f"{pixels_per_image} that one image brings: set it to {pixels_per_image} or more, "
                 "or to 0 for a bank of regions alone."
             )
+        if admission not in get_args(Admission):
+            raise ValueError(f"admission={admission!r}: choose one of {list(get_args(Admission))}.")
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype!r}: choose one of {list(_DTYPES)}.")
         slots = {"regions": regions_per_class, "pixels": pixels_per_class}
         super().__init__(num_classes, embed_dim, slots, dtype=_DTYPES[dtype], persistent=persistent)
         self.pixels_per_image = pixels_per_image
         self.max_keys = max_keys
+        self.admission = admission
         logger.info(
             "Memory bank: %d classes x (%d regions + %d pixels) x %d in %s: %.1f MB%s.",
             num_classes,
@@ -219,7 +237,11 @@ class MemoryBank(RingBuffer):
 
     @torch.no_grad()
     def enqueue(
-        self, embeddings: Tensor, labels: Tensor, generator: torch.Generator | None = None
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None = None,
+        admitted: Tensor | None = None,
     ) -> None:
         """Stores keys of a batch. With several processes every one has to call it.
 
@@ -228,6 +250,8 @@ class MemoryBank(RingBuffer):
             labels: (B, h, w) integers at the size of the map, on the host; others than 0..K-1 are
                 ignored.
             generator: source of the draw of pixels, on the host; None for the default one.
+            admitted: (B, h, w) bool on the maps' device, which pixels enter region keys and, of
+                those drawn, which become keys; None for all.
 
         Raises:
             ValueError: labels of another size than the map, or a map of another width.
@@ -241,13 +265,12 @@ class MemoryBank(RingBuffer):
         kinds = []
         if self.slots["regions"]:
             of_pixels = on_device(labels, embeddings.device).long()
+            if admitted is not None:
+                of_pixels = of_pixels.masked_fill(~admitted, -1)
             kinds.append(_region_keys(embeddings, of_pixels, self.num_classes))
         if self.slots["pixels"]:
-            keys = self._pixel_keys(embeddings, labels, generator)
-            # The ring of class c is c for its regions, K + c for its pixels.
-            kinds.append(keys._replace(labels=keys.labels + self.num_classes))
-        keys = joined_sets(kinds)
-        self.push(*(torch.cat(x) for x in gather_parts(keys.embeddings, keys.labels)))
+            kinds.append(self._pixel_keys(embeddings, labels, generator, admitted))
+        self.push_of_all_processes(joined_sets(kinds))
 
     @torch.no_grad()
     def contrast_set(self, generator: torch.Generator | None = None) -> PixelSet:
@@ -284,14 +307,23 @@ class MemoryBank(RingBuffer):
         return PixelSet(self.keys[slots], labels[slots])
 
     def _pixel_keys(
-        self, embeddings: Tensor, labels: Tensor, generator: torch.Generator | None
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        generator: torch.Generator | None,
+        admitted: Tensor | None,
     ) -> PixelSet:
-        """Unit embeddings of random pixels of each (class, image)."""
+        """Unit embeddings of random pixels of each (class, image), with their rings as labels."""
         pixels = sort_pixels(labels.cpu(), self.num_classes)
         quotas = pixels.counts.clamp(max=self.pixels_per_image)[None]
         draws = draw_pixels([pixels], quotas, class_counts(quotas), generator)
         (draw,) = draws_on_device(draws, embeddings.device)
-        return PixelSet(gather_embeddings(embeddings, draw.image, draw.pixel), draw.labels)
+        # The ring of class c is c for its regions, K + c for its pixels.
+        rings = draw.labels + self.num_classes
+        if admitted is not None:
+            # The host, which draws, does not know what is admitted.
+            rings = rings.masked_fill(~admitted.flatten(1)[draw.image, draw.pixel], -1)
+        return PixelSet(gather_embeddings(embeddings, draw.image, draw.pixel), rings)
 
 
 class AnchorMemory(RingBuffer):
@@ -333,17 +365,35 @@ class AnchorMemory(RingBuffer):
 
 def _region_keys(embeddings: Tensor, labels: Tensor, num_classes: int) -> PixelSet:
     """Normalised mean of the unit embeddings of each (image, class): (B * K, D) with labels."""
+    # Each pixel weighs 1 / length: no normalised copy of the map.
+    lengths = squared_lengths(at_least_fp32(embeddings.flatten(2))).sqrt_().clamp_(min=1e-12)
+    return region_centres(embeddings, labels, num_classes, lengths.reciprocal())
+
+
+def region_centres(
+    embeddings: Tensor, labels: Tensor, num_classes: int, weights: Tensor
+) -> PixelSet:
+    """The direction of the weighted sum of the pixels of each (image, class).
+
+    Args:
+        embeddings: (B, D, h, w), through which gradients flow.
+        labels: (B, h, w) int64; others than 0..K-1 are in no region.
+        num_classes: K.
+        weights: (B, P), above 0.
+
+    Returns:
+        (B * K, D), image by image; -1 labels classes that an image does not show.
+    """
     with torch.autocast(embeddings.device.type, enabled=False):
         rows_BDP = at_least_fp32(embeddings.flatten(2))
-        lengths = squared_lengths(rows_BDP).sqrt_().clamp_(min=1e-12)
         classes = labels.flatten(1)
         known = (classes >= 0) & (classes < num_classes)
-        # Each pixel weighs 1 / length in its class: no normalised copy of the map. What is
-        # ignored goes to a further class.
+        # What is ignored goes to a further class.
         classes = torch.where(known, classes, num_classes)[:, None]
-        weights = rows_BDP.new_zeros(len(labels), num_classes + 1, classes.shape[2])
-        weights.scatter_(1, classes, lengths.reciprocal()[:, None])
-        sums = (weights[:, :-1] @ rows_BDP.transpose(1, 2)).flatten(0, 1)
-        present = (weights[:, :-1] > 0).any(dim=2).flatten()
+        weights_BKP = rows_BDP.new_zeros(len(labels), num_classes + 1, classes.shape[2])
+        weights_BKP.scatter_(1, classes, weights[:, None].to(rows_BDP.dtype))
+        weights_BKP = weights_BKP[:, :-1]
+        sums = (weights_BKP @ rows_BDP.transpose(1, 2)).flatten(0, 1)
+        present = (weights_BKP > 0).any(dim=2).flatten()
     found = torch.arange(num_classes, device=labels.device).repeat(len(labels))
     return PixelSet(unit_vectors(sums), found.masked_fill(~present, -1))

@@ -107,5 +107,8 @@ class PixelContrast(ContrastMethod):
     def remember(self, batch: Batch) -> None:
         """Stores keys of the batch in the memory."""
         if self.memory is not None:
-            embeddings = batch.maps[self.feature].detach()
-            self.memory.enqueue(embeddings, batch.host_labels(self.feature), batch.generator)
+            embeddings, admitted = batch.maps[self.feature].detach(), None
+            if self.memory.admission == "correct":
+                admitted = batch.predictions(self.feature) == batch.label_map(self.feature)
+            labels = batch.host_labels(self.feature)
+            self.memory.enqueue(embeddings, labels, batch.generator, admitted)

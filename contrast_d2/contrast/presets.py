@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from .centres import CentreRegulariser
+from .clusters import ClusteredPrototypes
 from .contextual import Contextrast, Negatives
 from .hard_sampling import HardAnchorSampler
 from .memory import MemoryBank
@@ -18,7 +20,10 @@ from .pairs import SemiHardPairs
 from .pixel import PixelContrast
 from .pne import PNE
 from .projector import MultiScaleProjector, Norm, Projection
-from .sampling import BalancedSampler, Sampler
+from .prototypes import FixedPrototypes
+from .region import Centres, RegionContrast
+from .sampling import BalancedSampler, LabelSampling, Sampler
+from .tree import TreeTriplets
 
 CrossScale = Sequence[tuple[str, str, float]]
 
@@ -114,11 +119,18 @@ def ms_cs_release(
     temperature: float = 0.1,
     max_anchors: int = 10_000,
     embed_dim: int = 256,
+    label_sampling: LabelSampling = "nearest",
     across_processes: bool = False,
 ) -> MultiScaleContrast:
     """Multi- and cross-scale contrast as its official code does it: the same number of anchors
     for every image and class with at least 5 pixels, projectors of one hidden block, and a mean
-    that counts anchors without positives. Arguments as in `ms_cs`."""
+    that counts anchors without positives.
+
+    Args:
+        label_sampling: "majority" is the default of its code, which all of its configurations
+            override with "nearest".
+        others: as in `ms_cs`.
+    """
     return MultiScaleContrast(
         MultiScaleProjector(channels, embed_dim, num_hidden=1, bn_momentum=3e-4),
         BalancedSampler(
@@ -127,6 +139,7 @@ def ms_cs_release(
             max_anchors=max_anchors,
             min_pixels=5,
             max_per_group=2500,
+            label_sampling=label_sampling,
         ),
         scale_weights=_scale_weights(channels) if scale_weights is None else scale_weights,
         cross_scale=_cross_scale(channels) if cross_scale is None else cross_scale,
@@ -326,6 +339,191 @@ def pne_release(
         samples_per_group=100,
         max_hard=max_hard,
         official_code=True,
+        across_processes=across_processes,
+    )
+
+
+def region_contrast(
+    channels: Mapping[str, int],
+    num_classes: int,
+    memory: MemoryBank,
+    *,
+    feature: str | None = None,
+    centres: Centres = "dynamic",
+    weight: float = 1.0,
+    temperature: float = 0.2,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> RegionContrast:
+    """Region contrast by the equations of its paper, through the head of pixel contrast, which is
+    ours: the official code contrasts the decoder's features as they are.
+
+    Args:
+        channels: of the feature map, by its name.
+        num_classes: K.
+        memory, centres, weight, temperature: as in `RegionContrast`.
+        feature: which map, where `channels` has several.
+        embed_dim: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Hu et al., ICCV 2021.
+    """
+    return RegionContrast(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        num_classes,
+        memory,
+        feature=_only(channels) if feature is None else feature,
+        centres=centres,
+        weight=weight,
+        temperature=temperature,
+        across_processes=across_processes,
+    )
+
+
+def fixed_prototypes(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    feature: str | None = None,
+    weight: float = 0.1,
+    temperature: float = 0.1,
+    max_anchors: int = 10_000,
+    min_per_class: int = 32,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> FixedPrototypes:
+    """Fixed prototypes as anchors of class-balanced pixels. Of the paper we have the abstract: all
+    values are ours.
+
+    Args:
+        channels: of the feature map, by its name.
+        num_classes: K.
+        feature: which map, where `channels` has several.
+        weight, temperature: as in `FixedPrototypes`.
+        max_anchors, min_per_class: pixels, as in `BalancedSampler`.
+        embed_dim: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Ren et al., TCSVT 2024.
+    """
+    return FixedPrototypes(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        BalancedSampler(num_classes, max_anchors=max_anchors, min_per_class=min_per_class),
+        feature=_only(channels) if feature is None else feature,
+        weight=weight,
+        temperature=temperature,
+        across_processes=across_processes,
+    )
+
+
+def clustered_prototypes(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    feature: str | None = None,
+    prototypes_per_class: int = 10,
+    weight: float = 0.01,
+    distance_weight: float = 0.001,
+    temperature: float = 0.1,
+    momentum: float = 0.999,
+    max_anchors: int = 10_000,
+    min_per_class: int = 32,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> ClusteredPrototypes:
+    """Clustered prototypes beside the classifier, with the values of the official code where they
+    are its classifier; sampler, projector and temperature are ours.
+
+    Args:
+        channels: of the feature map, by its name.
+        num_classes: K.
+        feature: which map, where `channels` has several.
+        prototypes_per_class, weight, distance_weight, temperature, momentum: as in
+            `ClusteredPrototypes`.
+        max_anchors, min_per_class: pixels, as in `BalancedSampler`.
+        embed_dim: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Zhou et al., "Rethinking Semantic Segmentation: A Prototype View", CVPR 2022.
+    """
+    return ClusteredPrototypes(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        BalancedSampler(num_classes, max_anchors=max_anchors, min_per_class=min_per_class),
+        feature=_only(channels) if feature is None else feature,
+        prototypes_per_class=prototypes_per_class,
+        weight=weight,
+        distance_weight=distance_weight,
+        temperature=temperature,
+        momentum=momentum,
+        across_processes=across_processes,
+    )
+
+
+def centre_regulariser(
+    channels: Mapping[str, int],
+    num_classes: int,
+    *,
+    feature: str | None = None,
+    weight: float = 0.8,
+    scale: float = 5.0,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> CentreRegulariser:
+    """The centre regulariser with weight and scale of its official code, and a projector of ours.
+
+    Args:
+        channels: of the feature map, by its name.
+        num_classes: K.
+        feature: which map, where `channels` has several.
+        weight, scale: as in `CentreRegulariser`.
+        embed_dim: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Zhong et al., CVPR 2023.
+    """
+    return CentreRegulariser(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        num_classes,
+        feature=_only(channels) if feature is None else feature,
+        weight=weight,
+        scale=scale,
+        across_processes=across_processes,
+    )
+
+
+def tree_triplets(
+    channels: Mapping[str, int],
+    num_classes: int,
+    groups: Mapping[str, Sequence[int]],
+    *,
+    feature: str | None = None,
+    margin: float = 0.6,
+    weight: float = 0.5,
+    max_anchors: int = 10_000,
+    min_per_class: int = 32,
+    embed_dim: int = 256,
+    across_processes: bool = False,
+) -> TreeTriplets:
+    """Triplets along a class tree, with margin, weight and projector of a public code of HSSN.
+
+    Args:
+        channels: of the feature map, by its name.
+        num_classes: K.
+        groups, margin, weight: as in `TreeTriplets`.
+        feature: which map, where `channels` has several.
+        max_anchors, min_per_class: pixels, as in `BalancedSampler`.
+        embed_dim: as in `MultiScaleProjector`.
+        across_processes: as in `ContrastMethod`.
+
+    Reference: Li et al., CVPR 2022.
+    """
+    return TreeTriplets(
+        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        BalancedSampler(num_classes, max_anchors=max_anchors, min_per_class=min_per_class),
+        groups,
+        feature=_only(channels) if feature is None else feature,
+        margin=margin,
+        weight=weight,
         across_processes=across_processes,
     )
 

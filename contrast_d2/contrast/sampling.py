@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from .sets import PixelDraw, host_group, on_device, stack_processes, world_size
 
 Balance = Literal["class", "image_class"]
+LabelSampling = Literal["nearest", "majority"]
 
 
 def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
@@ -46,6 +47,46 @@ def downsample_labels(labels: Tensor, size: Sequence[int]) -> Tensor:
     rows = torch.arange(h, device=labels.device) * height // h
     columns = torch.arange(w, device=labels.device) * width // w
     return labels[..., rows[:, None], columns]
+
+
+def majority_labels(labels: Tensor, size: Sequence[int], num_classes: int) -> Tensor:
+    """Down-sampling of a label map by vote: an output pixel has the class of most that it covers.
+
+    Output pixel i covers input pixels floor(i * H / h) to floor((i + 1) * H / h) - 1. Ignored
+    pixels vote as one more class; of equal numbers of votes the lowest class wins, and a class wins
+    over what is ignored.
+
+    Args:
+        labels: (B, H, W) integers on the host; others than 0..K-1 are ignored.
+        size: (h, w), at most (H, W).
+        num_classes: K.
+
+    Returns:
+        (B, h, w) int64, K where what is ignored has won.
+
+    Raises:
+        ValueError: a size above that of the labels.
+
+    Reference: the official code of Pissas et al., ECCV 2022, offers it as `avg_pool`; its
+        experiments take the nearest pixel.
+    """
+    height, width = labels.shape[-2:]
+    h, w = size
+    if h > height or w > width:
+        raise ValueError(
+            f"majority_labels: labels of {height}x{width} cannot be down-sampled to {h}x{w}. Take "
+            "the nearest ones."
+        )
+    # The last output pixel that begins no later than the input pixel.
+    rows = ((torch.arange(height) + 1) * h - 1) // height
+    columns = ((torch.arange(width) + 1) * w - 1) // width
+    cells = (torch.arange(len(labels))[:, None] * h + rows)[..., None] * w + columns
+    known = (labels >= 0) & (labels < num_classes)
+    votes = cells * (num_classes + 1) + torch.where(known, labels.long(), num_classes)
+    counts = torch.bincount(votes.flatten(), minlength=len(labels) * h * w * (num_classes + 1))
+    # Of equal counts numpy's argmax is the first, and torch's may be any.
+    winners = counts.view(len(labels), h, w, num_classes + 1).numpy().argmax(axis=3)
+    return torch.from_numpy(winners)
 
 
 class Batch:
@@ -77,7 +118,7 @@ class Batch:
         self.generator = generator
         self.across_processes = across_processes
         self.device = next(iter(maps.values())).device
-        self._at_size: dict[tuple[str, torch.Size], Tensor] = {}
+        self._at_size: dict[tuple[str, int | None, torch.Size], Tensor] = {}
         self._device_generator: torch.Generator | None = None
 
     def with_maps(self, maps: Mapping[str, Tensor]) -> Batch:
@@ -91,17 +132,26 @@ class Batch:
         each process has its own."""
         return stack_processes(values) if self.across_processes else values[None]
 
-    def host_labels(self, feature: str) -> Tensor:
-        """(B, h, w) labels at the size of a map, on the host."""
-        key = "host", self.maps[feature].shape[-2:]
+    def host_labels(self, feature: str, voters: int | None = None) -> Tensor:
+        """(B, h, w) labels at the size of a map, on the host.
+
+        Args:
+            feature: name of the map.
+            voters: number of classes that `majority_labels` counts; None for the nearest labels.
+        """
+        key = "host", voters, self.maps[feature].shape[-2:]
         if key not in self._at_size:
+            if voters is None:
+                label_map = downsample_labels(self.labels, key[2])
+            else:
+                label_map = majority_labels(self.labels, key[2], voters)
             # Contiguous, for it is read several times.
-            self._at_size[key] = downsample_labels(self.labels, key[1]).contiguous()
+            self._at_size[key] = label_map.contiguous()
         return self._at_size[key]
 
     def label_map(self, feature: str) -> Tensor:
         """(B, h, w) int64 labels at the size of a map, on its device."""
-        key = "labels", self.maps[feature].shape[-2:]
+        key = "labels", None, self.maps[feature].shape[-2:]
         if key not in self._at_size:
             self._at_size[key] = on_device(self.host_labels(feature), self.device).long()
         return self._at_size[key]
@@ -122,7 +172,7 @@ class Batch:
 
         Scores are resized, not classes: a resized score is a mixture, a resized class is not.
         """
-        key = "predictions", self.maps[feature].shape[-2:]
+        key = "predictions", None, self.maps[feature].shape[-2:]
         if key not in self._at_size:
             with torch.no_grad():
                 self._at_size[key] = self.scores(feature).argmax(dim=1)
@@ -170,6 +220,8 @@ class BalancedSampler:
         max_per_group: most anchors per class (or pair); None for no such bound.
         min_per_class: least anchors per class (or pair) that has so many pixels; 0 as in the paper,
             where one object of five pixels leaves five anchors to every class.
+        label_sampling: the label of a pixel of a map is the "nearest" one, or that of the
+            "majority" of the pixels that it covers, see `majority_labels`.
 
     Raises:
         ValueError: an argument out of its range.
@@ -186,7 +238,12 @@ class BalancedSampler:
         min_pixels: int = 1,
         max_per_group: int | None = None,
         min_per_class: int = 0,
+        label_sampling: LabelSampling = "nearest",
     ) -> None:
+        if label_sampling not in get_args(LabelSampling):
+            raise ValueError(
+                f"label_sampling={label_sampling!r}: choose one of {list(get_args(LabelSampling))}."
+            )
         if balance not in ("class", "image_class"):
             raise ValueError(f"balance={balance!r}: choose 'class' or 'image_class'.")
         if num_classes < 1:
@@ -210,10 +267,12 @@ class BalancedSampler:
         self.min_pixels = min_pixels
         self.max_per_group = max_per_group
         self.min_per_class = min_per_class
+        self.label_sampling = label_sampling
 
     def draw(self, batch: Batch, features: Sequence[str]) -> list[PixelDraw]:
         """As in `Sampler`."""
-        label_maps = [batch.host_labels(feature) for feature in features]
+        voters = self.num_classes if self.label_sampling == "majority" else None
+        label_maps = [batch.host_labels(feature, voters) for feature in features]
         return self(label_maps, batch.generator, batch.across_processes)
 
     @torch.no_grad()

@@ -17,14 +17,17 @@ from contrast_d2.contrast import (
     PNE,
     BalancedSampler,
     BoundaryNegatives,
+    CentreRegulariser,
     Contextrast,
     ContextrastPlus,
     ContrastSum,
+    FixedPrototypes,
     HardAnchorSampler,
     MemoryBank,
     MultiScaleContrast,
     MultiScaleProjector,
     PixelContrast,
+    RegionContrast,
 )
 
 NUM_CLASSES = 5
@@ -75,10 +78,29 @@ def _pixel(**options: Any) -> PixelContrast:
     )
 
 
-def _memory() -> MemoryBank:
+def _memory(**options: Any) -> MemoryBank:
     return MemoryBank(
-        NUM_CLASSES, 6, regions_per_class=REGIONS, pixels_per_class=PIXELS, pixels_per_image=100
+        NUM_CLASSES,
+        6,
+        regions_per_class=REGIONS,
+        pixels_per_class=PIXELS,
+        pixels_per_image=100,
+        **options,
     )
+
+
+def _region() -> RegionContrast:
+    memory = MemoryBank(NUM_CLASSES, 6, regions_per_class=2 * NUM_IMAGES, pixels_per_class=0)
+    return RegionContrast(_projector(), NUM_CLASSES, memory, feature="res2", across_processes=True)
+
+
+def _fixed() -> FixedPrototypes:
+    sampler = BalancedSampler(NUM_CLASSES, max_anchors=ALL, min_per_class=ALL)
+    return FixedPrototypes(_projector(), sampler, feature="res2", across_processes=True)
+
+
+def _centres() -> CentreRegulariser:
+    return CentreRegulariser(_projector(), NUM_CLASSES, feature="res2", across_processes=True)
 
 
 def _contextrast(method: type[Contextrast], **options: Any) -> Contextrast:
@@ -109,10 +131,14 @@ METHODS: dict[str, Callable[[], nn.Module]] = {
     "multi-scale, boundary negatives": lambda: _multiscale(negatives=_boundary()),
     "pixel": _pixel,
     "pixel, memory": lambda: _pixel(memory=_memory()),
+    "pixel, memory of correct ones": lambda: _pixel(memory=_memory(admission="correct")),
     "pixel, boundary negatives": lambda: _pixel(negatives=_boundary()),
     "Contextrast": lambda: _contextrast(Contextrast, boundary_fraction=1.0),
     "Contextrast++": _plus,
     "PNE": _pne,
+    "region, memory": _region,
+    "fixed prototypes": _fixed,
+    "centres": _centres,
     "sum": lambda: ContrastSum({"ms": _multiscale(), "pixel": _pixel(), "pne": _pne()}),
 }
 

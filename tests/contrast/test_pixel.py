@@ -283,6 +283,43 @@ def test_what_is_not_filled_weighs_nothing() -> None:
         assert loss_of(contrast, batch, seed) == loss_of(noisy, batch, seed)
 
 
+def test_only_correct_pixels_are_admitted() -> None:
+    features, labels, _ = random_batch()
+    small = downsample_labels(labels, (12, 12))
+    truth = torch.nn.functional.one_hot(small.clamp(max=K - 1), K).movedim(3, 1).float()
+    one_wrong = truth.clone()
+    image, row, column = (small == 1).nonzero()[0].tolist()
+    one_wrong[image, :, row, column] = torch.tensor([1.0, 0, 0, 0])
+    every = {"pixels_per_class": 400, "pixels_per_image": 144}
+
+    def stored(scores: Tensor, **options) -> tuple[list[Tensor], list[Tensor]]:
+        torch.manual_seed(0)
+        contrast = build(memory={**every, **options}, num_hidden=0)
+        generator = torch.Generator().manual_seed(1)
+        contrast(features, labels, scores, generator=generator)
+        sizes = [3 * K, 400 * K]
+        keys = contrast.memory.keys.split(sizes)
+        return [*keys, contrast.memory.filled], [generator.get_state(), contrast.memory.pointers]
+
+    plain, plain_state = stored(truth)
+    # All right: as without, to the last bit and random number.
+    same, state = stored(truth, admission="correct")
+    assert all(map(torch.equal, same + state, plain + plain_state))
+    # All wrong: nothing.
+    (regions, pixels, filled), state = stored(-truth, admission="correct")
+    assert not regions.any() and not pixels.any() and not filled.any()
+    # One wrong: that pixel is missing, and in the mean of its region.
+    (regions, pixels, filled), state = stored(one_wrong, admission="correct")
+    assert (plain[2] - filled).tolist() == [0] * K + [0, 1, 0, 0]
+    torch.manual_seed(0)
+    rows = normalize(build(memory=every, num_hidden=0).projector(features)["res2"], dim=1)
+    wrong = rows[image, :, row, column].detach()
+    assert (plain[1] - wrong).norm(dim=1).min() < 1e-6 < (pixels - wrong).norm(dim=1).min()
+    of_region = rows[image][:, small[image] == 1].detach()
+    mean = normalize(of_region.sum(dim=1) - wrong, dim=0)
+    assert (regions - mean).norm(dim=1).min() < 1e-6 < (plain[0] - mean).norm(dim=1).min()
+
+
 def test_an_ignored_crop_and_one_class_meet_a_full_bank() -> None:
     contrast = build(memory={})
     for _ in range(3):

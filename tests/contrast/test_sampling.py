@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -10,10 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from contrast_d2.contrast import BalancedSampler, Batch, PixelDraw, downsample_labels
+from contrast_d2.contrast import (
+    BalancedSampler,
+    Batch,
+    PixelDraw,
+    downsample_labels,
+    ms_cs_release,
+)
 from contrast_d2.contrast.sampling import (
     draw_pixels,
     draw_without_replacement,
+    majority_labels,
     share_equally,
     sort_pixels,
 )
@@ -80,6 +88,40 @@ def test_downsampling_is_exact_for_every_size() -> None:
             assert rows.tolist() == [i * height // h for i in range(h)], (height, h)
             columns = downsample_labels(labels.transpose(1, 2), (3, h))[0, 0] // 3
             assert torch.equal(columns, rows), (height, h)
+
+
+def test_a_majority_is_what_counting_by_hand_finds() -> None:
+    generator = torch.Generator().manual_seed(0)
+    num_classes = 3
+    for height, width, h, w in ((8, 8, 2, 4), (7, 10, 3, 4), (5, 5, 5, 5), (9, 4, 1, 1)):
+        labels = torch.tensor([0, 1, 2, 255, -1])[
+            torch.randint(5, (2, height, width), generator=generator)
+        ]
+        found = majority_labels(labels, (h, w), num_classes)
+        seen = 0
+        for image, i, j in itertools.product(range(2), range(h), range(w)):
+            rows = slice(i * height // h, (i + 1) * height // h)
+            columns = slice(j * width // w, (j + 1) * width // w)
+            covered = labels[image, rows, columns].flatten().tolist()
+            seen += len(covered)
+            votes = [covered.count(c) for c in range(num_classes)]
+            votes.append(len(covered) - sum(votes))
+            assert found[image, i, j] == votes.index(max(votes))
+        assert seen == labels.numel()  # each votes once
+    with pytest.raises(ValueError, match="8x8.*9x2"):
+        majority_labels(torch.zeros(1, 8, 8, dtype=torch.long), (9, 2), 3)
+
+
+def test_a_sampler_votes_and_others_of_the_step_do_not() -> None:
+    labels = torch.tensor([[[1, 0], [0, 2]]])
+    batch = Batch({"x": torch.zeros(1, 3, 1, 1)}, labels)
+    for _ in range(2):
+        (voted,) = BalancedSampler(3, label_sampling="majority").draw(batch, ["x"])
+        (nearest,) = BalancedSampler(3).draw(batch, ["x"])
+        assert (voted.labels.tolist(), nearest.labels.tolist()) == ([0], [1])
+        assert batch.label_map("x").item() == 1
+    with pytest.raises(ValueError, match="label_sampling='mean'.*majority"):
+        ms_cs_release({"x": 3}, 3, label_sampling="mean")  # pyright: ignore[reportArgumentType]
 
 
 def test_predictions_are_made_of_resized_scores() -> None:

@@ -1,6 +1,7 @@
 """Pixel contrast (Wang et al., ICCV 2021) with the anchors of the paper: within the batch
 (`pixel`), with a memory bank (`pixel_memory`), with semi-hard pairs as well
-(`pixel_memory_semi_hard`), and that with the paper's weight (`pixel_memory_paper`); and with the
+(`pixel_memory_semi_hard`), and that with the paper's weight (`pixel_memory_paper`); with a memory
+of rightly predicted pixels alone, which is not the paper's (`pixel_memory_correct`); and with the
 anchors of its official code: `pixel_release` and `pixel_memory_release`.
 
 They tap the finest map of a feature pyramid, which like the paper's joins all stages at stride 4;
@@ -34,6 +35,9 @@ pixel_memory.memory = L(contrast.MemoryBank)(
     # These are 2,000 of each.
     max_keys=38_000,
 )
+
+pixel_memory_correct = deepcopy(pixel_memory)
+pixel_memory_correct.memory.admission = "correct"
 
 # Early in training this choice can draw all embeddings to one point; see docs/methods.md.
 pixel_memory_semi_hard = deepcopy(pixel_memory)

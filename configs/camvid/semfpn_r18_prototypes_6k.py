@@ -1,0 +1,10 @@
+"""CamVid, Semantic FPN on ResNet-18, fixed prototypes. One GPU.
+
+python train_net.py --config-file configs/camvid/semfpn_r18_prototypes_6k.py
+"""
+
+from ..common.contrast.comparators import prototypes as _contrast
+from .semfpn_r18_base_6k import dataloader, dataset, lr_multiplier, model, optimizer, train
+
+model.contrast = _contrast
+train.output_dir = "output/camvid/semfpn_r18_prototypes_6k"
