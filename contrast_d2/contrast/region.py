@@ -24,7 +24,7 @@ class RegionContrast(ContrastMethod):
 
     For the centre q of class i in an image, and the memory M of centres,
 
-        R_i = sum_p w_p F_p [y_p = i],   q = R_i / |R_i|
+        R_i = sum_p w_p F_p [y_p = i],   q = R_i at length 1
         L   = weight * mean_q mean_{k in M_i} l(q, k)
 
     with l the supervised InfoNCE of `terms`, whose negatives are the memory's centres of other

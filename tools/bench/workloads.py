@@ -35,7 +35,7 @@ SUPCON = "pytorch-metric-learning"
 
 
 _FLOAT_BYTES = 4
-_LABEL_BYTES = 8
+_LABEL_BYTES = 1
 # What memory moves at least.
 _LINE_BYTES = 64
 _STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
@@ -127,7 +127,7 @@ class Step:
             .requires_grad_()
             for name, size in self._map_sizes().items()
         }
-        labels = self.labels()
+        labels = self.labels().to(torch.uint8)  # as the loader hands them over
         available: dict[str, Callable[[], Callable[[], Tensor]]] = {
             OURS: lambda: partial(_our_step, self._contrast(), maps, labels),
             TEXTBOOK: lambda: partial(
