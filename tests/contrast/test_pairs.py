@@ -11,6 +11,7 @@ from scipy import stats
 from torch import Tensor
 
 from contrast_d2.contrast import PixelSet, SemiHardPairs, Side, Term, info_nce, terms
+from contrast_d2.contrast.kernels import masked
 
 from ..helpers import HostWaits
 from . import references
@@ -167,7 +168,7 @@ def semi_hard(anchors: Tensor, contrast: Tensor, contrast_labels: list[int], fra
 @pytest.mark.parametrize("rows", [3, 1000])
 @pytest.mark.parametrize("fraction", [0.1, 0.4, 1.0])
 def test_semi_hard_loss_equals_the_equations(fraction: float, rows: int, monkeypatch) -> None:
-    monkeypatch.setattr(terms, "_BLOCK_ELEMENTS", rows * 18)
+    monkeypatch.setattr(masked, "_BLOCK_ELEMENTS", rows * 18)
     anchors = unit(len(LABELS), 4).requires_grad_()
     bank = unit(len(CONTRAST_LABELS), 4).requires_grad_()
     contrast, contrast_labels = torch.cat([anchors, bank]), LABELS + CONTRAST_LABELS
