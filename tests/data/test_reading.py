@@ -119,12 +119,12 @@ def test_a_file_of_another_format_starts_no_program(
     path.write_bytes(
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n"
     )
-    for read in (
-        reading.read_rgb,
-        lambda file: load_labels(file, IDENTITY),
-        lambda file: add_sizes([{"file_name": file}]),
+    for name, read in (
+        ("image", reading.read_rgb),
+        ("labels", lambda file: load_labels(file, IDENTITY)),
+        ("size", lambda file: add_sizes([{"file_name": file}])),
     ):
-        with subtests.test(read), pytest.raises(ValueError, match="Cannot read.*a.png"):
+        with subtests.test(name), pytest.raises(ValueError, match="Cannot read.*a.png"):
             read(str(path))
     assert read_pair("", {"file_name": str(path)}, {}).image.error
 
