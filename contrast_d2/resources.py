@@ -37,7 +37,7 @@ def find_config(path: str) -> str:
         path: of a file, or `configs/...`.
 
     Returns:
-        The path itself where there is such a file, or where no installed file goes by it.
+        The path itself where there is such a file, or where none of that name is installed.
     """
     name = os.path.normpath(path).split(os.sep)
     if os.path.isfile(path) or name[0] != "configs":

@@ -43,7 +43,7 @@ def test_overrides_that_it_names_are_known(subtests: pytest.Subtests) -> None:
             )
             assert len(overrides) >= 6
             for override in set(overrides):
-                # What a memory has, a method without one has not.
+                # Methods without a memory do not have its keys.
                 memory = override.startswith("model.contrast.memory.")
                 config = CAMVID.replace("ms_cs", "pixel_memory") if memory else CAMVID
                 load_config(str(ROOT / config), [override])

@@ -8,7 +8,7 @@ Tested at several scales, its weights go with
 dataloader.inference.scales=[0.75,1.0,1.25,1.5,1.75,2.0]
 
 Preset `pne`: the release's values, with random draws and a gate that is a share of the map. The
-paper has this model; its release has not.
+paper has this model; its release does not.
 """
 
 from ..common.contrast.pne import pne as _pne

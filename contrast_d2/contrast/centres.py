@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .class_anchors import class_means, layer_pixels
-from .method import ContrastMethod
+from .method import ContrastMethod, check_above_zero
 from .projector import MultiScaleProjector
 from .prototypes import simplex
 from .sampling import Batch, count_pixels
@@ -62,9 +62,7 @@ class CentreRegulariser(ContrastMethod):
         warmup_iters: int = 0,
         across_processes: bool = False,
     ) -> None:
-        for name, value in (("weight", weight), ("scale", scale)):
-            if not value > 0:
-                raise ValueError(f"{name}={value}: must be above 0.")
+        check_above_zero(weight=weight, scale=scale)
         super().__init__(
             projector,
             num_classes,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .assignment import assign
 from .inspection import evenly_spread
-from .method import ContrastMethod
+from .method import ContrastMethod, check_above_zero
 from .projector import MultiScaleProjector
 from .sampling import BalancedSampler, Batch
 from .sets import PixelSet, at_least_fp32, on_device, stack_processes
@@ -77,9 +77,7 @@ class ClusteredPrototypes(ContrastMethod):
         warmup_iters: int = 0,
         across_processes: bool = False,
     ) -> None:
-        for name, value in (("weight", weight), ("temperature", temperature)):
-            if not value > 0:
-                raise ValueError(f"{name}={value}: must be above 0.")
+        check_above_zero(weight=weight, temperature=temperature)
         if not distance_weight >= 0:
             raise ValueError(f"distance_weight={distance_weight}: must be 0 or more.")
         if not 0 <= momentum < 1:

@@ -224,6 +224,13 @@ def compute(
     return ContrastOutput({**losses, **output.losses}, statistics)
 
 
+def check_above_zero(**values: float) -> None:
+    """Raises ValueError where one of the named values is not above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f"{name}={value}: must be above 0.")
+
+
 def connected_zero(tensors: Iterable[Tensor]) -> Tensor:
     """A 0 on the graph of the given tensors, whatever their values: all get a gradient of zeros.
 

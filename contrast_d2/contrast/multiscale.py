@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from .method import ContrastMethod
+from .method import ContrastMethod, check_above_zero
 from .projector import MultiScaleProjector
 from .sampling import BalancedSampler, Batch, Sampler
 from .sets import PixelSet
@@ -67,8 +67,7 @@ class MultiScaleContrast(ContrastMethod):
         warmup_iters: int = 0,
         across_processes: bool = False,
     ) -> None:
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: must be above 0.")
+        check_above_zero(temperature=temperature)
         pairs = _pairs(scale_weights, cross_scale, weight)
         super().__init__(
             projector,

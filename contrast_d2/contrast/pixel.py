@@ -6,7 +6,7 @@ from functools import partial
 
 from .hard_sampling import HardAnchorSampler
 from .memory import MemoryBank
-from .method import ContrastMethod
+from .method import ContrastMethod, check_above_zero
 from .pairs import SemiHardPairs
 from .projector import MultiScaleProjector
 from .sampling import Batch, Sampler
@@ -73,8 +73,7 @@ class PixelContrast(ContrastMethod):
         )
         if not weight >= 0:
             raise ValueError(f"weight={weight}: must be 0 or more.")
-        if not temperature > 0:
-            raise ValueError(f"temperature={temperature}: must be above 0.")
+        check_above_zero(temperature=temperature)
         if pairs is not None and negatives is not None:
             raise ValueError(
                 "pairs and negatives both choose the negatives: set one of them to None."

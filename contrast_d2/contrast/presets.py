@@ -185,7 +185,7 @@ def pixel_contrast(
         code.
     """
     return PixelContrast(
-        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        _pixel_head(channels, embed_dim),
         HardAnchorSampler(num_classes, max_anchors=max_anchors, max_per_group=50),
         feature=_only(channels) if feature is None else feature,
         weight=weight,
@@ -223,7 +223,7 @@ def pixel_contrast_release(
         others: as in `pixel_contrast`.
     """
     return PixelContrast(
-        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        _pixel_head(channels, embed_dim),
         HardAnchorSampler(
             num_classes,
             balance="image_class",
@@ -296,17 +296,13 @@ def pne(
     gate that is the same share of any map.
 
     Args:
-        channels: of the feature map, by its name.
-        num_classes: K.
-        feature: which map, where `channels` has several.
         weight, temperature, max_hard: as in `PNE`.
-        embed_dim: as in `MultiScaleProjector`.
-        across_processes: as in `ContrastMethod`.
+        others: as in `pixel_contrast`.
 
     Reference: Wang et al., Neurocomputing 2023 (arXiv:2207.01417).
     """
     return PNE(
-        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        _pixel_head(channels, embed_dim),
         num_classes,
         feature=_only(channels) if feature is None else feature,
         weight=weight,
@@ -331,7 +327,7 @@ def pne_release(
     """Positive-negative equal contrast as its official code does it: pixels in raster order, no
     gradient through an anchor's length, and a gate in pixels. Arguments as in `pne`."""
     return PNE(
-        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        _pixel_head(channels, embed_dim),
         num_classes,
         feature=_only(channels) if feature is None else feature,
         weight=weight,
@@ -359,17 +355,13 @@ def region_contrast(
     ours: the official code contrasts the decoder's features as they are.
 
     Args:
-        channels: of the feature map, by its name.
-        num_classes: K.
         memory, centres, weight, temperature: as in `RegionContrast`.
-        feature: which map, where `channels` has several.
-        embed_dim: as in `MultiScaleProjector`.
-        across_processes: as in `ContrastMethod`.
+        others: as in `pixel_contrast`.
 
     Reference: Hu et al., ICCV 2021.
     """
     return RegionContrast(
-        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        _pixel_head(channels, embed_dim),
         num_classes,
         memory,
         feature=_only(channels) if feature is None else feature,
@@ -396,18 +388,14 @@ def fixed_prototypes(
     values are ours.
 
     Args:
-        channels: of the feature map, by its name.
-        num_classes: K.
-        feature: which map, where `channels` has several.
         weight, temperature: as in `FixedPrototypes`.
         max_anchors, min_per_class: pixels, as in `BalancedSampler`.
-        embed_dim: as in `MultiScaleProjector`.
-        across_processes: as in `ContrastMethod`.
+        others: as in `pixel_contrast`.
 
     Reference: Ren et al., TCSVT 2024.
     """
     return FixedPrototypes(
-        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        _pixel_head(channels, embed_dim),
         BalancedSampler(num_classes, max_anchors=max_anchors, min_per_class=min_per_class),
         feature=_only(channels) if feature is None else feature,
         weight=weight,
@@ -435,19 +423,15 @@ def clustered_prototypes(
     are its classifier; sampler, projector and temperature are ours.
 
     Args:
-        channels: of the feature map, by its name.
-        num_classes: K.
-        feature: which map, where `channels` has several.
         prototypes_per_class, weight, distance_weight, temperature, momentum: as in
             `ClusteredPrototypes`.
         max_anchors, min_per_class: pixels, as in `BalancedSampler`.
-        embed_dim: as in `MultiScaleProjector`.
-        across_processes: as in `ContrastMethod`.
+        others: as in `pixel_contrast`.
 
     Reference: Zhou et al., "Rethinking Semantic Segmentation: A Prototype View", CVPR 2022.
     """
     return ClusteredPrototypes(
-        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        _pixel_head(channels, embed_dim),
         BalancedSampler(num_classes, max_anchors=max_anchors, min_per_class=min_per_class),
         feature=_only(channels) if feature is None else feature,
         prototypes_per_class=prototypes_per_class,
@@ -472,17 +456,13 @@ def centre_regulariser(
     """The centre regulariser with weight and scale of its official code, and a projector of ours.
 
     Args:
-        channels: of the feature map, by its name.
-        num_classes: K.
-        feature: which map, where `channels` has several.
         weight, scale: as in `CentreRegulariser`.
-        embed_dim: as in `MultiScaleProjector`.
-        across_processes: as in `ContrastMethod`.
+        others: as in `pixel_contrast`.
 
     Reference: Zhong et al., CVPR 2023.
     """
     return CentreRegulariser(
-        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        _pixel_head(channels, embed_dim),
         num_classes,
         feature=_only(channels) if feature is None else feature,
         weight=weight,
@@ -507,18 +487,14 @@ def tree_triplets(
     """Triplets along a class tree, with margin, weight and projector of a public code of HSSN.
 
     Args:
-        channels: of the feature map, by its name.
-        num_classes: K.
         groups, margin, weight: as in `TreeTriplets`.
-        feature: which map, where `channels` has several.
         max_anchors, min_per_class: pixels, as in `BalancedSampler`.
-        embed_dim: as in `MultiScaleProjector`.
-        across_processes: as in `ContrastMethod`.
+        others: as in `pixel_contrast`.
 
     Reference: Li et al., CVPR 2022.
     """
     return TreeTriplets(
-        MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu"),
+        _pixel_head(channels, embed_dim),
         BalancedSampler(num_classes, max_anchors=max_anchors, min_per_class=min_per_class),
         groups,
         feature=_only(channels) if feature is None else feature,
@@ -536,6 +512,11 @@ def _cross_scale(channels: Mapping[str, int]) -> CrossScale:
     """The finest map with the two coarsest, as far as there are others."""
     first, *others = channels
     return [(first, other, 1.0) for other in reversed(others[-2:])]
+
+
+def _pixel_head(channels: Mapping[str, int], embed_dim: int) -> MultiScaleProjector:
+    """The head of pixel contrast's official code, which that of PNE has too."""
+    return MultiScaleProjector(channels, embed_dim, num_hidden=1, order="norm_relu")
 
 
 def _only(channels: Mapping[str, int]) -> str:

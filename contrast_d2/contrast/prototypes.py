@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .method import ContrastMethod
+from .method import ContrastMethod, check_above_zero
 from .projector import MultiScaleProjector
 from .sampling import BalancedSampler, Batch
 from .sets import PixelSet
@@ -59,9 +59,7 @@ class FixedPrototypes(ContrastMethod):
         warmup_iters: int = 0,
         across_processes: bool = False,
     ) -> None:
-        for name, value in (("weight", weight), ("temperature", temperature)):
-            if not value > 0:
-                raise ValueError(f"{name}={value}: must be above 0.")
+        check_above_zero(weight=weight, temperature=temperature)
         super().__init__(
             projector,
             sampler.num_classes,

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from .memory import MemoryBank, region_centres
-from .method import ContrastMethod
+from .method import ContrastMethod, check_above_zero
 from .projector import MultiScaleProjector
 from .sampling import Batch
 from .sets import PixelSet, at_least_fp32
@@ -70,9 +70,7 @@ class RegionContrast(ContrastMethod):
         warmup_iters: int = 0,
         across_processes: bool = False,
     ) -> None:
-        for name, value in (("weight", weight), ("temperature", temperature)):
-            if not value > 0:
-                raise ValueError(f"{name}={value}: must be above 0.")
+        check_above_zero(weight=weight, temperature=temperature)
         if centres not in get_args(Centres):
             raise ValueError(f"centres={centres!r}: choose one of {list(get_args(Centres))}.")
         super().__init__(

@@ -171,6 +171,9 @@ class Statistics(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._values())
 
+    def __reduce__(self) -> tuple[type[dict], tuple[dict[str, Tensor]]]:
+        return dict, (dict(self._values()),)  # what a copied or pickled model holds
+
 
 def evaluate(
     terms: Sequence[Term | OwnTerm],

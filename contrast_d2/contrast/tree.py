@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .method import ContrastMethod
+from .method import ContrastMethod, check_above_zero
 from .projector import MultiScaleProjector
 from .sampling import BalancedSampler, Batch
 from .sets import at_least_fp32, on_device
@@ -62,9 +62,7 @@ class TreeTriplets(ContrastMethod):
         warmup_iters: int = 0,
         across_processes: bool = False,
     ) -> None:
-        for name, value in (("margin", margin), ("weight", weight)):
-            if not value > 0:
-                raise ValueError(f"{name}={value}: must be above 0.")
+        check_above_zero(margin=margin, weight=weight)
         super().__init__(
             projector,
             sampler.num_classes,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -320,6 +321,12 @@ def test_a_step_needs_no_value_from_the_device(name: str, monkeypatch: pytest.Mo
             run(method, (features, labels, scores.to("meta")))
         return
     sum(run(method, (features, labels, scores.to("meta"))).losses.values()).backward()
+
+
+def test_statistics_can_be_copied_and_saved() -> None:
+    output = run(build("ms_cs"), random_batch())
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(output.statistics)))
+    torch.testing.assert_close(copied, dict(output.statistics), equal_nan=True)
 
 
 @pytest.mark.gpu

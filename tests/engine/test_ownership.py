@@ -137,7 +137,7 @@ def test_the_owner_touches_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     touched = threading.Event()
     monkeypatch.setattr(ownership.os, "utime", lambda path: touched.set())
     with owned(str(tmp_path)):
-        touched.wait()
+        assert touched.wait(60)
 
 
 def test_a_file_that_is_no_owners_is_taken(tmp_path: Path) -> None:
